@@ -1,0 +1,51 @@
+"""A profile has a row per layer and adds up."""
+
+from __future__ import annotations
+
+import pytest
+
+import workbench as wb
+from workbench.errors import DataError
+
+COLUMNS = ["name", "layer", "type", "latency_ms", "latency_p95_ms", "share", "macs", "parameters", "output_shape"]
+
+
+@pytest.fixture(scope="module", params=["Eager", "OnnxRuntime", "OpenVINO"])
+def taken(request):
+    backend = wb.deployment.BACKENDS[request.param]()
+    if not backend.availability().usable:
+        pytest.skip(backend.availability().why)
+    return wb.profile(wb.load("lenet5"), on=backend, batch=2, repeats=20)
+
+
+def test_rows_and_unattributed_add_up_to_end_to_end(taken):
+    frame = taken.frame()
+    assert list(frame.columns) == COLUMNS
+    assert frame["latency_ms"].sum() == pytest.approx(taken.end_to_end_ms)
+    assert frame["share"].sum() == pytest.approx(1.0)
+    assert frame["type"].iloc[-1] == "unattributed"
+
+
+def test_every_weighted_layer_is_in_it_once_with_its_macs(taken):
+    frame = taken.frame()
+    model = wb.load("lenet5")
+    layers = model.layers
+    assert frame["macs"].sum() == 2 * layers["macs"].sum()
+    assert frame["parameters"].sum() == model.parameters
+    named = " + ".join(frame["layer"])
+    for layer in layers.loc[layers["parameters"] > 0, "layer"]:
+        assert layer in named
+
+
+def test_a_quantised_graph_is_profiled_under_the_layers_of_the_network(digits_study):
+    model = digits_study.run([wb.Quantize("int8")], on=wb.OnnxRuntime()).model()
+    frame = wb.profile(model, on=wb.OnnxRuntime(), repeats=10).frame()
+    named = " + ".join(frame["layer"])
+    for layer in wb.load("lenet5").layers.query("parameters > 0")["layer"]:
+        assert layer in named
+
+
+@pytest.mark.parametrize("bad", [{"batch": 0}, {"repeats": 0}])
+def test_nonsense_counts_are_refused(bad):
+    with pytest.raises(DataError, match="at least 1"):
+        wb.profile(wb.load("lenet5"), **bad)

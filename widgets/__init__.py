@@ -1,0 +1,12 @@
+"""The workbench in JupyterLab: panels over the kernel's objects, and one app of them.
+
+    from widgets import Workbench
+
+    Workbench(study)
+"""
+
+from widgets.app import Workbench
+from widgets.panels import ComparePanel, CompressPanel, ModelPanel, ProfilePanel
+from widgets.selection import Selection
+
+__all__ = ["ComparePanel", "CompressPanel", "ModelPanel", "ProfilePanel", "Selection", "Workbench"]

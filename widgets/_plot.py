@@ -1,0 +1,91 @@
+"""Where figures appear.
+
+`Plot` is an Output widget that holds plotly's mime JSON (a few KB), and is what a chart is by default. `ClickPlot` is
+plotly's own widget: it reports clicks, and carries 5 MB into a saved notebook, so there is one in an app.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets as W
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+MIME = "application/vnd.plotly.v1+json"
+_CONFIG = {
+    "responsive": True,
+    "displaylogo": False,
+    "displayModeBar": False,
+    "doubleClick": "reset",
+    "showTips": False,
+    "topojsonURL": "",  # maps would be fetched from a CDN; nothing here is
+}
+
+
+class Plot(W.Output):
+    """A figure to look at; taller figures scroll inside its height."""
+
+    def __init__(self, height: str):
+        super().__init__(layout=W.Layout(height=height, overflow="hidden auto"))
+        self.add_class("wb-plot")
+        self.add_class("wb-chart")
+
+    def show(self, figure: Figure, words: str) -> None:
+        """Show `figure` instead of the one before; `words` stand where it cannot be drawn."""
+        content = json.loads(figure.to_json())
+        content["config"] = _CONFIG
+        data = {MIME: content, "text/plain": words}
+        self.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
+
+
+class ClickPlot(W.VBox):
+    """A figure whose points can be clicked.
+
+    Parameters
+    ----------
+    points
+        Name of the trace whose points report clicks.
+    height_px
+        Height of the chart in pixels; its width follows the page.
+    """
+
+    def __init__(self, points: str, height_px: int):
+        from plotly.graph_objects import FigureWidget
+
+        self._points = points
+        self._clicked: list[Callable[[Any], None]] = []
+        self._height_px = height_px
+        self.figure = FigureWidget()
+        self.figure._config = _CONFIG
+        super().__init__([self.figure], layout=W.Layout(height=f"{height_px}px", overflow="hidden"))
+        self.add_class("wb-chart")
+
+    def on_click(self, function: Callable[[Any], None]) -> None:
+        """Call `function` with the customdata of each point that is clicked."""
+        self._clicked.append(function)
+
+    def show(self, figure: Figure) -> None:
+        """Show `figure` instead of the one before; the reader's zoom stays."""
+        widget = self.figure
+        with widget.batch_update():
+            widget.data = []
+            widget.layout = figure.layout
+            widget.layout.height = self._height_px
+        widget.add_traces(list(figure.data))
+        for trace in widget.data:
+            if trace.name == self._points:
+                trace.on_click(self._received)
+
+    def _received(self, trace: Any, points: Any, _state: Any) -> None:
+        for index in points.point_inds:
+            for function in self._clicked:
+                function(trace.customdata[index])
+
+    def close(self) -> None:
+        """Close the chart with its box."""
+        self.figure.close()
+        super().close()

@@ -1,0 +1,188 @@
+"""`Eager`: the torch module itself, operation by operation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from workbench.deployment import _torch
+from workbench.deployment._base import Availability, Backend, Engine, OpTiming
+from workbench.deployment._onnx import example_arrays, output_specs
+from workbench.deployment.package import Contents
+from workbench.errors import BackendError
+from workbench.jobs import SILENT, Progress
+from workbench.models.model import Model
+
+_WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Eager(Backend):
+    """PyTorch as it is: what every other backend is compared with.
+
+    Parameters
+    ----------
+    device
+        ``cpu``, ``cuda`` or ``cuda:1``; inputs and outputs are numpy arrays either way.
+    threads
+        None for all physical cores. Torch has one thread count for the whole process: the engine sets it when it
+        runs, and the last engine to close restores it.
+    """
+
+    title: ClassVar[str] = "PyTorch eager"
+
+    device: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _torch.check_device(self)
+        self._check_threads()
+
+    @classmethod
+    def variants(cls) -> tuple[Backend, ...]:
+        return (cls(), cls(device="cuda"))
+
+    def _settings(self) -> tuple[str, ...]:
+        return () if self.device == "cpu" else (self.device,)
+
+    def availability(self) -> Availability:
+        return _torch.device_availability(self.device)
+
+    def check(self, model: Model) -> None:
+        _torch.check_module(self, model)
+
+    def compile(self, model: Model, progress: Progress = SILENT) -> Engine:
+        self.require()
+        self.check(model)
+        engine = self._engine(model.name, model.precision, model.inputs, (), model.module, model.keywords)
+        arrays = example_arrays(model)
+        try:
+            outputs = _torch.flattened(engine.raw(arrays))
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise BackendError(
+                f"{model.name} does not run on its own example inputs: {' '.join(str(error).split())[:400]} Load it "
+                "with inputs that fit, wb.load(module, inputs=…)."
+            ) from error
+        names, tensors = zip(*outputs, strict=True)
+        engine.outputs = output_specs(names, [_torch.array(t) for t in tensors], len(arrays[0]))
+        progress(1.0, "ready")
+        return engine
+
+    def open(self, contents: Contents) -> Engine:
+        self.require()
+        module, keywords = _torch.opened_module(contents)
+        engine = self._engine(
+            contents.name, contents.precision, contents.inputs, contents.outputs, module, keywords
+        )
+        engine.about = contents.about
+        return engine
+
+    def _engine(self, name: str, precision: str, inputs: Any, outputs: Any, module: nn.Module, keywords: bool) -> Engine:
+        return EagerEngine(
+            self, name, precision, inputs, outputs, _torch.provider(self.device), self.thread_count,
+            module=_torch.on_device(module, self.device), keywords=keywords,
+        )  # fmt: skip
+
+
+class EagerEngine(_torch.TorchEngine):
+    """The module, called."""
+
+    def profile(self, inputs: Sequence[np.ndarray], repeats: int = 50) -> list[OpTiming]:
+        self(*inputs)
+        watch = _Stopwatch(self._module, self._device)
+        watch.run(lambda: self.raw(tuple(inputs)), repeats)
+        return watch.rows()
+
+
+class _Stopwatch:
+    """Times the modules that call no other module, by hooks; functional operations between them are not seen.
+
+    Most are leaves. One that computes with its children's weights itself, such as attention, counts as one row.
+    """
+
+    def __init__(self, module: nn.Module, device: str):
+        self._module, self._device = module, device
+        self._started: list[float] = []
+        self._calls: list[list[tuple[str, float]]] = []
+
+    def run(self, call: Callable[[], Any], repeats: int) -> None:
+        inner = self._callees(call)
+        hooks = []
+        try:
+            for path, module in inner.items():
+                hooks.append(module.register_forward_pre_hook(self._start))
+                hooks.append(module.register_forward_hook(self._stop(path)))
+            for index in range(_WARM_UP + repeats):
+                if index == _WARM_UP:
+                    self._calls.clear()
+                self._calls.append([])
+                call()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def rows(self) -> list[OpTiming]:
+        """One row per module and time it is called in a forward pass."""
+        paths = [tuple(path for path, _ in call) for call in self._calls]
+        if len(set(paths)) != 1:
+            raise BackendError(
+                "The model runs other layers from call to call, so its profile has no fixed rows. Profile it with "
+                "wb.OnnxRuntime(), whose graph is fixed."
+            )
+        rows, seen = [], {}
+        modules = dict(self._module.named_modules())
+        for index, path in enumerate(paths[0]):
+            seen[path] = seen.get(path, 0) + 1
+            name = path if seen[path] == 1 else f"{path} (call {seen[path]})"
+            times = tuple(call[index][1] for call in self._calls)
+            rows.append(OpTiming(name or "(model)", type(modules[path]).__name__, (path,) if path else (), times))
+        return rows
+
+    def _callees(self, call: Callable[[], Any]) -> dict[str, nn.Module]:
+        """The modules that run without calling another, by path."""
+        inner: dict[str, nn.Module] = {}
+        stack: list[list[Any]] = []
+
+        def enter(*_: Any) -> None:
+            if stack:
+                stack[-1][0] = True
+            stack.append([False])
+
+        def leave(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, *_: Any) -> None:
+                if not stack.pop()[0]:
+                    inner[path] = module
+
+            return hook
+
+        hooks = []
+        try:
+            for path, module in self._module.named_modules():
+                hooks.append(module.register_forward_pre_hook(enter))
+                hooks.append(module.register_forward_hook(leave(path)))
+            call()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return inner
+
+    def _clock_ms(self) -> float:
+        if self._device != "cpu":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() * 1e3
+
+    def _start(self, *_: Any) -> None:
+        self._started.append(self._clock_ms())
+
+    def _stop(self, path: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            stopped = self._clock_ms()
+            self._calls[-1].append((path, stopped - self._started.pop()))
+
+        return hook

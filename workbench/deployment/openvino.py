@@ -1,0 +1,317 @@
+"""`OpenVINO`: the ONNX graph on Intel's engine, on the CPU or another device it knows."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+
+from workbench.deployment._base import (
+    Availability,
+    Backend,
+    Engine,
+    OpTiming,
+    Output,
+    refuse_bfloat16_inputs,
+)
+from workbench.deployment._onnx import example_arrays, output_specs, refusal, serialized, wanted_inputs
+from workbench.deployment._rows import Kernel, Lineage
+from workbench.deployment.package import Contents, library_version
+from workbench.errors import BackendError, BackendUnavailable
+from workbench.jobs import SILENT, Progress
+from workbench.models.model import Model, TensorSpec
+
+PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
+HINTS = ("latency", "throughput")
+DEVICES = ("CPU", "GPU", "NPU")
+_INSTALL = 'pip install "inference-workbench[openvino]"'
+_WARM_UP = 3
+_GROUPS = 5
+
+
+@dataclass(frozen=True)
+class OpenVINO(Backend):
+    """OpenVINO.
+
+    Parameters
+    ----------
+    threads
+        None for all physical cores.
+    precision
+        ``fp32`` or ``bf16``: what floating-point operations are computed in. Left to itself OpenVINO takes bf16 on
+        processors that have it. Int8 operations stay int8 under both.
+    hint
+        ``latency`` (one request at a time, all threads) or ``throughput`` (threads split into streams).
+    device
+        ``CPU``, ``GPU`` or ``NPU``, with a number where there are several: ``GPU.1``.
+    """
+
+    title: ClassVar[str] = "OpenVINO"
+    extra: ClassVar[str] = "openvino"
+
+    threads: int | None = None
+    precision: str = "fp32"
+    hint: str = "latency"
+    device: str = "CPU"
+
+    def __post_init__(self) -> None:
+        self._check_threads()
+        self._check_choice("precision", tuple(PRECISIONS))
+        self._check_choice("hint", HINTS)
+        kind, _, number = str(self.device).partition(".")
+        if kind not in DEVICES or not (number.isdigit() or self.device == kind):
+            raise BackendError(f"OpenVINO: device is {self.device!r}. Accepted: {', '.join(DEVICES)}, and e.g. GPU.1.")
+
+    @classmethod
+    def variants(cls) -> tuple[Backend, ...]:
+        return (cls(), cls(precision="bf16"), cls(device="GPU"), cls(device="NPU"))
+
+    def _settings(self) -> tuple[str, ...]:
+        return (
+            *(() if self.device == "CPU" else (self.device,)),
+            *(() if self.precision == "fp32" else (self.precision,)),
+            *(() if self.hint == "latency" else (self.hint,)),
+        )
+
+    def availability(self) -> Availability:
+        try:
+            core = _core()
+        except BackendUnavailable as error:
+            return Availability(False, error.why, error.command)
+        devices = core.available_devices
+        if self.device not in devices and f"{self.device}.0" not in devices:
+            return Availability(False, f"OpenVINO finds no device {self.device} here, only {', '.join(devices)}")
+        if self.precision == "bf16" and "BF16" not in core.get_property(self.device, "OPTIMIZATION_CAPABILITIES"):
+            return Availability(False, f"this {self.device} has no bfloat16 instructions")
+        return Availability(True)
+
+    def check(self, model: Model) -> None:
+        refuse_bfloat16_inputs(self, model)
+
+    def prepare(self, model: Model) -> None:
+        model.onnx()
+
+    def compile(self, model: Model, progress: Progress = SILENT) -> Engine:
+        self.require()
+        self.check(model)
+        progress(0.0, "exporting to ONNX")
+        data = serialized(model, self.title)
+        progress(0.5, "compiling")
+        precision = "bf16" if self.precision == "bf16" and model.precision == "fp32" else model.precision
+        try:
+            network = _core().read_model(data)
+            engine = self._engine(network, Lineage.of(model.onnx()), model.name, precision, model.inputs, ())
+            arrays = example_arrays(model)
+            outputs = engine._outputs(arrays)
+        except RuntimeError as error:
+            raise refusal(self.title, model.name, model.onnx(), error) from None
+        engine.outputs = output_specs([o.name for o in model.onnx().graph.output], outputs, len(arrays[0]))
+        progress(1.0, "compiled")
+        return engine
+
+    def open(self, contents: Contents) -> Engine:
+        self.require()
+        try:
+            lineage = Lineage.from_list(contents.notes["lineage"])
+        except (KeyError, TypeError, ValueError):
+            raise BackendError(f"The package of {contents.name} is damaged: its lineage does not read.") from None
+        try:
+            network = _core().read_model(contents.paths["model.xml"], contents.paths["model.bin"])
+            engine = self._engine(
+                network, lineage, contents.name, contents.precision, contents.inputs, contents.outputs
+            )
+        except (RuntimeError, KeyError) as error:
+            raise BackendError(f"OpenVINO cannot run the package of {contents.name}: {error}") from None
+        engine.about = contents.about
+        return engine
+
+    def _engine(
+        self,
+        network: Any,
+        lineage: Lineage,
+        name: str,
+        precision: str,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+    ) -> OpenVINOEngine:
+        compiled = compile_network(network, self)
+        provider = f"OpenVINO {','.join(compiled.get_property('EXECUTION_DEVICES'))}"
+        return OpenVINOEngine(
+            self, name, precision, inputs, outputs, provider, self.thread_count,
+            network=network, compiled=compiled, lineage=lineage,
+        )  # fmt: skip
+
+
+def compile_network(network: Any, backend: OpenVINO, **properties: Any) -> Any:
+    """A compiled model with the backend's settings and further `properties`.
+
+    Raises
+    ------
+    BackendError
+        If OpenVINO settles on another floating-point precision than the one asked for.
+    """
+    settings = {
+        "PERFORMANCE_HINT": backend.hint.upper(),
+        "INFERENCE_PRECISION_HINT": PRECISIONS[backend.precision],
+        **properties,
+    }
+    if backend.device == "CPU":
+        settings["INFERENCE_NUM_THREADS"] = backend.thread_count
+    compiled = _core().compile_model(network, backend.device, settings)
+    got = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if got != PRECISIONS[backend.precision]:
+        raise BackendError(f"OpenVINO computes in {got} on this {backend.device}, not in {backend.precision} as asked.")
+    return compiled
+
+
+class OpenVINOEngine(Engine):
+    """An infer request of OpenVINO."""
+
+    def __init__(self, *fields: Any, network: Any, compiled: Any, lineage: Lineage):
+        super().__init__(*fields)
+        names = [port.get_any_name() for port in compiled.inputs]
+        self._order = wanted_inputs(names, self.inputs, self.backend.title)
+        self._single = self._order == [0]
+        self._network, self._compiled, self._lineage = network, compiled, lineage
+        self._request = compiled.create_infer_request()
+
+    def _outputs(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return list(self._request.infer(self._feeds(inputs), share_inputs=True).values())
+
+    def _feeds(self, inputs: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+        return {port: inputs[i] for port, i in enumerate(self._order)}
+
+    def _run(self, *inputs: np.ndarray) -> Output:
+        # inputs are read where they lie; outputs are copied, because the request writes the next ones over them
+        try:
+            if self._single:
+                outputs = (*self._request.infer(inputs[0], share_inputs=True).values(),)
+            else:
+                outputs = tuple(self._outputs(inputs))
+        except RuntimeError as error:
+            raise self._failed(inputs, error) from None
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def profile(self, inputs: Sequence[np.ndarray], repeats: int = 50) -> list[OpTiming]:
+        # OpenVINO's counters are the means over all calls of a compiled model, in whole microseconds rounded down
+        # twice, and cannot be reset. So each group of calls gets a compiled model of its own, and what its first
+        # calls took is taken off again.
+        self(*inputs)
+        groups = min(_GROUPS, repeats)
+        counters = [self._group(inputs, -(-repeats // groups)) for _ in range(groups)]
+        # names that OpenVINO makes up differ from one compiled model to the next; the order does not
+        if len({tuple(kind for _, kind, _, _ in group) for group in counters}) != 1:
+            raise BackendError(
+                "OpenVINO compiled this model differently each time, so its profile has no fixed rows. Profile it with "
+                "wb.OnnxRuntime()."
+            )
+        # what took under a microsecond is reported as not run, like what was fused away
+        ran = [i for i in range(len(counters[0])) if any(group[i][3] > 0 for group in counters)]
+        layers = self._lineage.layers([Kernel(counters[0][i][1], counters[0][i][2]) for i in ran])
+        return [
+            OpTiming(counters[0][i][0], counters[0][i][1], owners, tuple(group[i][3] for group in counters))
+            for i, owners in zip(ran, layers, strict=True)
+        ]
+
+    def _group(self, inputs: Sequence[np.ndarray], calls: int) -> list[tuple[str, str, tuple[str, ...], float]]:
+        """For each operation its name, type, the names of the nodes it came from, and mean milliseconds."""
+        compiled = compile_network(self._network, self.backend, PERF_COUNT=True)
+        request = compiled.create_infer_request()
+        feeds = self._feeds(inputs)
+        for _ in range(_WARM_UP):
+            request.infer(feeds, share_inputs=True)
+        before = _totals_ms(request, _WARM_UP)
+        for _ in range(calls):
+            request.infer(feeds, share_inputs=True)
+        after = _totals_ms(request, _WARM_UP + calls)
+        origins = {
+            op.get_friendly_name(): _text(op.get_rt_info(), "originalLayersNames")
+            for op in compiled.get_runtime_model().get_ordered_ops()
+        }
+        rows = []
+        for info, start, stop in zip(request.get_profiling_info(), before, after, strict=True):
+            sources = tuple(filter(None, origins.get(info.node_name, "").split(",")))
+            rows.append((info.node_name, info.node_type, sources, max((stop - start) / calls, 0.0)))
+        return rows
+
+    def artifact(self) -> dict[str, bytes]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.xml"
+            _library().save_model(self._network, path, compress_to_fp16=False)
+            return {p.name: p.read_bytes() for p in (path, path.with_suffix(".bin"))}
+
+    def notes(self) -> dict[str, Any]:
+        return {"lineage": self._lineage.to_list()}
+
+    def runner(self) -> tuple[str, tuple[str, ...]]:
+        return _RUNNER, (f"openvino=={library_version('openvino')}", f"numpy=={np.__version__}")
+
+    def close(self) -> None:
+        super().close()
+        self._request = self._compiled = self._network = None
+
+
+def _totals_ms(request: Any, calls: int) -> list[float]:
+    """Milliseconds of each operation in all calls so far, in the middle of what was rounded away."""
+    return [
+        calls * (info.real_time.total_seconds() * 1e3 + 0.5e-3) if info.status == info.Status.EXECUTED else 0.0
+        for info in request.get_profiling_info()
+    ]
+
+
+def _text(info: Any, key: str) -> str:
+    if key not in info:
+        return ""
+    value = info[key]
+    return value.astype(str) if hasattr(value, "astype") else str(value)
+
+
+@cache
+def _library() -> ModuleType:
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as error:
+        raise BackendUnavailable("OpenVINO", f"openvino is not installed or does not load ({error})", _INSTALL) from None
+
+
+@cache
+def _core() -> Any:
+    """The one core of the process; plug-ins load once."""
+    return _library().Core()
+
+
+_RUNNER = '''"""Run this model: python run.py INPUT.npy …, one file per input of package.json, in its order and preprocessed."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import openvino
+
+here = Path(__file__).parent
+package = json.loads((here / "package.json").read_text(encoding="utf-8"))
+names = [spec["name"] for spec in package["inputs"]]
+if len(sys.argv) != 1 + len(names):
+    sys.exit(f"usage: python run.py {' '.join(name + '.npy' for name in names)}")
+backend = package["backend"]
+settings = {"INFERENCE_PRECISION_HINT": {"fp32": "f32"}.get(backend["precision"], backend["precision"])}
+if backend["threads"]:
+    settings["INFERENCE_NUM_THREADS"] = backend["threads"]
+model = openvino.Core().compile_model(here / "model.xml", backend["device"], settings)
+feeds = {name: np.load(path) for name, path in zip(names, sys.argv[1:], strict=True)}
+outputs = list(model({p.get_any_name(): feeds[p.get_any_name()] for p in model.inputs}).values())
+for spec, output in zip(package["outputs"], outputs, strict=True):
+    print(spec["name"], output.dtype, output.shape)
+np.savez("outputs.npz", *outputs)
+classes = package["about"].get("classes")
+if classes:
+    print("top class:", *(classes[i] for i in outputs[0].argmax(axis=-1).reshape(-1)))
+'''

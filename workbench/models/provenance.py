@@ -1,0 +1,284 @@
+"""Which layers of the module each node of an ONNX graph stands for, and node names that say so.
+
+Engines report their own kernels under the names of nodes or of tensors, so both are written as ``<layer>/<operator>``:
+``layer1.0.conv1/Conv`` puts out ``layer1.0.conv1/Conv_out``. What a node stands for beyond its name, such as the batch
+normalisation folded into it, is kept in its metadata under `KEY`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+
+KEY = "workbench.layers"
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_CLASSES = "pkg.torch.onnx.class_hierarchy"
+_KEPT = (_SCOPES, _CLASSES)
+
+# what torch.onnx calls a parameter after its module
+_PARAMETERS = {"weight", "bias", "in_proj_weight", "in_proj_bias", "kernel", "gamma", "beta"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One node of a graph before it was optimised: its layer, and the names of what it reads."""
+
+    order: int
+    layer: str
+    inputs: tuple[str, ...]
+
+
+def provenance(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
+    """Layers each node stands for, the one that gave it its name first.
+
+    A graph of ours says so itself. For any other, in this order: the name scopes `torch.onnx` leaves in the metadata;
+    a node name made of a path and the operator; the name of its weight; for quantisers and casts, the node they serve;
+    else the node's own name.
+
+    Returns
+    -------
+    dict
+        By node name, or by the first output of a node without one.
+    """
+    weights = {t.name for t in graph.graph.initializer}
+    found = {_name(node): _said(node) or _guessed(node, weights) for node in graph.graph.node}
+    producers = {name: node for node in graph.graph.node for name in node.output}
+    consumers: dict[str, onnx.NodeProto] = {}
+    for node in graph.graph.node:
+        for name in node.input:
+            consumers.setdefault(name, node)
+    for node in graph.graph.node:
+        if not found[_name(node)]:
+            found[_name(node)] = _served(node, found, producers, consumers) or (_name(node),)
+    return found
+
+
+def snapshot(model: ir.Model, leaves: Collection[str]) -> dict[str, Origin]:
+    """Each value's origin in a graph as exported, before optimisation; `leaves` are the paths of childless modules."""
+    origins = {}
+    for order, node in enumerate(model.graph):
+        origin = Origin(order, _scoped_layer(node.metadata_props, leaves), _names(node.inputs))
+        origins.update((value.name, origin) for value in node.outputs)
+    return origins
+
+
+def layers_after(model: ir.Model, origins: Mapping[str, Origin], leaves: Collection[str]) -> Callable[..., tuple]:
+    """A function that gives the layers of a node of the optimised graph: those of every node it replaced.
+
+    A node replaced those that lay between what it reads and what it writes.
+    """
+    alive = {value.name for node in model.graph for value in node.outputs}
+
+    def layers(node: ir.Node) -> tuple[str, ...]:
+        reads = set(_names(node.inputs))
+        found: dict[int, str] = {}
+        for value in node.outputs:
+            _between(value.name, reads, alive - {value.name}, origins, found)
+        own = _scoped_layer(node.metadata_props, leaves)
+        unique = dict.fromkeys(layer for _, layer in sorted(found.items()) if layer)
+        return tuple(unique) or ((own,) if own else ())
+
+    return layers
+
+
+def layers_by_name(paths: Collection[str]) -> Callable[..., tuple]:
+    """The same for the older exporter, whose nodes are called ``/layer1/layer1.0/conv1/Conv``."""
+
+    def layers(node: ir.Node) -> tuple[str, ...]:
+        path, operator = _split(node.name or "")
+        if path and path not in paths:
+            path = f"{path}.{operator.lower()}"
+        return (path,) if path else ()
+
+    return layers
+
+
+def rename(model: ir.Model, layers: Callable[[ir.Node], tuple[str, ...]], kept: Collection[str]) -> None:
+    """Name nodes and tensors after their layers, write the provenance down, and drop what is private or bulky.
+
+    Parameters
+    ----------
+    model
+        Changed in place.
+    layers
+        Gives the layers of one node.
+    kept
+        Names of inputs, outputs and parameters, which stay as they are.
+    """
+    taken, kept = set(kept), set(kept)
+    nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+    for node in nodes:
+        stands_for = layers(node) or (node.op_type.lower(),)
+        node.name = _unique(f"{stands_for[0]}/{node.op_type}", taken)
+        node.doc_string = ", ".join(stands_for)
+        scopes = {key: node.metadata_props[key] for key in _KEPT if key in node.metadata_props}
+        node.metadata_props.clear()
+        node.metadata_props.update({**scopes, KEY: json.dumps(stands_for)})
+    for node in nodes:
+        for i, value in enumerate(node.outputs):
+            if value.name not in kept:
+                value.name = _unique(f"{node.name}_out" + (f"_{i}" if i else ""), taken)
+        for value in node.inputs:
+            if value is not None and value.is_initializer() and value.name not in kept:
+                value.name = _unique(f"{node.name}_const", taken)
+                kept.add(value.name)
+    _strip(model)
+
+
+def rename_batch(model: ir.Model, name: str = "batch") -> bool:
+    """Call the first axis of every input `name`, wherever it appears; False if it is a fixed number in any input."""
+    symbols = set()
+    for value in model.graph.inputs:
+        first = value.shape[0] if value.shape else None
+        if not isinstance(first, ir.SymbolicDim) or first.value is None:
+            return False
+        symbols.add(first.value)
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, symbols)) + r")\b")
+    for value in _values(model):
+        if value.shape is None:
+            continue
+        dims = [
+            ir.SymbolicDim(pattern.sub(name, d.value)) if isinstance(d, ir.SymbolicDim) and d.value else d
+            for d in value.shape
+        ]
+        value.shape = ir.Shape(dims)
+    return True
+
+
+def _between(
+    name: str, reads: set[str], alive: set[str], origins: Mapping[str, Origin], found: dict[int, str]
+) -> bool:
+    """Collect the origins on every way back from a value to what is read; whether there is such a way."""
+    if name in reads:
+        return True
+    origin = origins.get(name)
+    if origin is None or name in alive:
+        return False
+    if origin.order in found:
+        return True
+    # a generator would stop at the first way
+    if any([_between(source, reads, alive, origins, found) for source in origin.inputs]):
+        found[origin.order] = origin.layer
+        return True
+    return False
+
+
+def _scoped_layer(metadata: Mapping[str, str], leaves: Collection[str] | None) -> str:
+    """The layer in a node's name scopes: its module, followed by the operation where the module has children."""
+    try:
+        scopes = ast.literal_eval(metadata.get(_SCOPES, "[]"))
+        classes = ast.literal_eval(metadata.get(_CLASSES, "[]"))
+    except (ValueError, SyntaxError):
+        return ""
+    if len(scopes) < 2:
+        return ""
+    path = scopes[-2]
+    if path in leaves if leaves is not None else len(scopes) > 2 and _is_layer(classes):
+        return path
+    parts = classes[-1].split(".") if classes else []
+    operation = parts[1] if len(parts) > 1 else re.sub(r"_\d+$", "", scopes[-1])
+    return ".".join(part for part in (path, operation.strip("_<> ")) if part)
+
+
+def _is_layer(classes: list[str]) -> bool:
+    """Without the module at hand: whether the innermost class is one of torch's own layers."""
+    return len(classes) > 1 and classes[-2].startswith("torch.nn.modules.") and ".container." not in classes[-2]
+
+
+def _said(node: onnx.NodeProto) -> tuple[str, ...]:
+    metadata = {p.key: p.value for p in node.metadata_props}
+    if KEY in metadata:
+        try:
+            layers = json.loads(metadata[KEY])
+        except json.JSONDecodeError:
+            layers = None
+        if isinstance(layers, list) and layers and all(isinstance(layer, str) for layer in layers):
+            return tuple(layers)
+    layer = _scoped_layer(metadata, None)
+    return (layer,) if layer else ()
+
+
+def _guessed(node: onnx.NodeProto, weights: Collection[str]) -> tuple[str, ...]:
+    path, _ = _split(node.name, node.op_type)
+    if path:
+        return (path,)
+    for name in node.input:
+        owner, _, last = name.rpartition(".")
+        if name in weights and owner and last in _PARAMETERS:
+            return (owner,)
+    return ()
+
+
+def _split(name: str, operator: str = "") -> tuple[str, str]:
+    """``/layer1/layer1.0/conv1/Conv_2`` as ``layer1.0.conv1`` and ``Conv``; an empty path where that is not its form."""
+    *scopes, last = name.strip("/").split("/")
+    last = re.sub(r"_\d+$", "", last)
+    # quantised forms keep the name of the operator they replace
+    if operator and not (last == operator or operator.endswith(last) or last.removesuffix("_quant") in operator):
+        return "", last
+    path = ""
+    for scope in scopes:
+        path = scope if not path or scope.startswith(f"{path}.") else f"{path}.{scope}"
+    return path, last
+
+
+def _served(
+    node: onnx.NodeProto,
+    found: Mapping[str, tuple[str, ...]],
+    producers: Mapping[str, onnx.NodeProto],
+    consumers: Mapping[str, onnx.NodeProto],
+) -> tuple[str, ...]:
+    """For a node that only changes how numbers are written: the layers of what it reads from, or else writes to."""
+    if node.op_type not in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "Cast", "Identity"):
+        return ()
+    before, seen = node, set()
+    while before is not None and before.input and _name(before) not in seen:
+        seen.add(_name(before))
+        before = producers.get(before.input[0])
+        if before is not None and found[_name(before)]:
+            return found[_name(before)]
+    after: onnx.NodeProto | None = node
+    while after is not None and after.output and _name(after) not in seen | {""}:
+        seen.add(_name(after))
+        after = consumers.get(after.output[0])
+        if after is not None and found[_name(after)]:
+            return found[_name(after)]
+    return ()
+
+
+def _name(node: onnx.NodeProto) -> str:
+    return node.name or (node.output[0] if node.output else node.op_type)
+
+
+def _names(values: Iterable[ir.Value | None]) -> tuple[str, ...]:
+    return tuple(value.name for value in values if value is not None and value.name)
+
+
+def _unique(wanted: str, taken: set[str]) -> str:
+    name, number = wanted, 0
+    while name in taken:
+        number += 1
+        name = f"{wanted}_{number}"
+    taken.add(name)
+    return name
+
+
+def _values(model: ir.Model) -> Iterable[ir.Value]:
+    yield from model.graph.inputs
+    yield from model.graph.initializers.values()
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        yield from node.outputs
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop what holds paths of the machine that exported, or repeats the graph."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for value in _values(model):
+        value.metadata_props.clear()

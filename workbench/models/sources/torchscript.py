@@ -1,0 +1,4 @@
+from __future__ import annotations
+TITLE="torchscript"
+OPTIONS=set()
+def fits(r): return False
