@@ -1,9 +1,4 @@
-"""The workbench in JupyterLab: panels over the kernel's objects, and one app of them.
-
-    from widgets import Workbench
-
-    Workbench(study)
-"""
+"""The workbench in JupyterLab: panels over the kernel's objects, and one app of them: ``Workbench(study)``."""
 
 from widgets.app import Workbench
 from widgets.panels import ComparePanel, CompressPanel, ModelPanel, ProfilePanel

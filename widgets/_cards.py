@@ -133,7 +133,9 @@ class Cards(W.VBox):
         card.close()
 
     def _arrange(self) -> None:
-        empty = W.HTML('<p class="wb-muted">No steps: this recipe is the model as it is. Add a step, or start from one.</p>')
+        empty = W.HTML(
+            '<p class="wb-muted">No steps: this recipe is the model as it is. Add a step, or start from one.</p>'
+        )
         self.children = tuple(self.cards) or (empty,)
         self._redraw()
 

@@ -65,7 +65,9 @@ def _control(field: dataclasses.Field, kind: type, value: Any) -> Setting | None
     words = field.name.replace("_", " ")
     if "choices" in field.metadata:
         choices = [(_words(c), c) for c in field.metadata["choices"]]
-        return Setting(field.name, W.Dropdown(description=words, options=choices, value=value, layout={"width": _WIDTH}))
+        return Setting(
+            field.name, W.Dropdown(description=words, options=choices, value=value, layout={"width": _WIDTH})
+        )
     if kind is bool:
         return Setting(field.name, W.Checkbox(description=words, value=value, indent=False, layout={"width": "auto"}))
     if kind is int:

@@ -12,7 +12,7 @@ from widgets._copy import CopyButton
 from widgets._panel import Panel
 from workbench import formatting as fmt
 from workbench import jobs
-from workbench.figures.pareto import decimals
+from workbench.figures.pareto import latency_interval
 from workbench.jobs import Progress
 from workbench.study import Candidate, Study
 
@@ -24,6 +24,7 @@ class Inspector(Panel):
 
     title = "Selected"
     question = "Selected"
+    runs_jobs = True
 
     def _build(self) -> list[W.Widget]:
         self.about = W.HTML()
@@ -89,16 +90,8 @@ def _about(candidate: Candidate, study: Study) -> str:
     m, recipe = candidate.measurement, candidate.recipe
     base = study.baseline
     rows = [
-        (
-            "accuracy",
-            fmt.accuracy(m.accuracy),
-            fmt.plus_minus(m.accuracy, m.accuracy_interval, 100),
-        ),
-        (
-            "latency",
-            fmt.milliseconds(m.latency_ms),
-            fmt.plus_minus(m.latency_ms, m.latency_interval_ms, digits=decimals(m.latency_ms)),
-        ),
+        ("accuracy", fmt.accuracy(m.accuracy), fmt.plus_minus(m.accuracy, m.accuracy_interval, 100)),
+        ("latency", fmt.milliseconds(m.latency_ms), latency_interval(m.latency_ms, m.latency_interval_ms)),
         ("latency, p95", fmt.milliseconds(m.latency_p95_ms), ""),
         ("speed-up", fmt.factor(m.speedup), ""),
         ("throughput", f"{fmt.significant(m.throughput_per_s)} /s", ""),
@@ -112,8 +105,7 @@ def _about(candidate: Candidate, study: Study) -> str:
     against = ""
     if base is not None and base.number != candidate.number:
         drop = m.accuracy - base.measurement.accuracy
-        change = fmt.signed(drop, fmt.accuracy(abs(drop)))
-        against = f"<p>Accuracy against the baseline (candidate {base.number}): {escape(change)}</p>"
+        against = f"<p>Accuracy against the baseline, candidate {base.number}: {_points(drop)}</p>"
     busy = "<p>The machine was busy with something else while this was measured.</p>" if m.contended else ""
     environment = "".join(
         f"<tr><th scope=row>{escape(str(k))}</th><td>{escape(_plain(v))}</td></tr>" for k, v in m.environment.items()
@@ -126,6 +118,11 @@ def _about(candidate: Candidate, study: Study) -> str:
         f"<h3>Steps, and what each changed</h3>{_steps(candidate, study)}"
         f'<details><summary>Environment</summary><table class="wb-env">{environment}</table></details>'
     )
+
+
+def _points(difference: float) -> str:
+    """A difference of two accuracies in percentage points, signed."""
+    return fmt.signed(difference, f"{fmt.accuracy(abs(difference), unit=False)} points")
 
 
 def _plain(value: Any) -> str:
@@ -166,6 +163,4 @@ def _change(before: Candidate, after: Candidate) -> str:
     else:
         ratio = a.latency_ms / b.latency_ms
         speed = f"{fmt.factor(ratio)} faster" if ratio > 1 else f"{fmt.factor(1 / ratio)} slower"
-    return " · ".join(
-        (f"accuracy {fmt.signed(accuracy, fmt.accuracy(abs(accuracy)))}", speed, fmt.signed(size, fmt.size(abs(size))))
-    )
+    return " · ".join((f"accuracy {_points(accuracy)}", speed, fmt.signed(size, fmt.size(abs(size)))))

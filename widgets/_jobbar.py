@@ -22,7 +22,9 @@ class JobBar(W.HBox):
         self._told: WeakSet[jobs.Job] = WeakSet(j for j in queue.jobs if j.ended)
         self.words = W.HTML()
         self.share = W.HTML()
-        self.cancel = W.Button(description="Cancel", tooltip="Stop the running job; what is done is kept", disabled=True)
+        self.cancel = W.Button(
+            description="Cancel", tooltip="Stop the running job; what is done is kept", disabled=True
+        )
         super().__init__([self.words, self.share, self.cancel])
         self.add_class("wb-jobs")
         self.words.add_class("wb-jobs-words")

@@ -94,7 +94,7 @@ class Panel(WithFallback):
         widget.observe(handler, name)
 
     def follow(self, job: Job, done: Callable[[Any], None], doing: str) -> None:
-        """Call `done` with the job's result when it is done; the job bar tells of a job that failed or was cancelled."""
+        """Call `done` with the job's result when it is done; the job bar tells of one that failed."""
         told = False
 
         def changed(_job: Job) -> None:

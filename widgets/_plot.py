@@ -50,7 +50,7 @@ class ClickPlot(W.VBox):
     points
         Name of the trace whose points report clicks.
     height_px
-        Height of the chart in pixels; its width follows the page.
+        Height of the chart in pixels; it fills it, and its width follows the page.
     """
 
     def __init__(self, points: str, height_px: int):
@@ -58,11 +58,11 @@ class ClickPlot(W.VBox):
 
         self._points = points
         self._clicked: list[Callable[[Any], None]] = []
-        self._height_px = height_px
         self.figure = FigureWidget()
         self.figure._config = _CONFIG
         super().__init__([self.figure], layout=W.Layout(height=f"{height_px}px", overflow="hidden"))
         self.add_class("wb-chart")
+        self.add_class("wb-filled")
 
     def on_click(self, function: Callable[[Any], None]) -> None:
         """Call `function` with the customdata of each point that is clicked."""
@@ -71,10 +71,10 @@ class ClickPlot(W.VBox):
     def show(self, figure: Figure) -> None:
         """Show `figure` instead of the one before; the reader's zoom stays."""
         widget = self.figure
+        figure.layout.height = None  # a height that is set would make plotly fix the width too
         with widget.batch_update():
             widget.data = []
             widget.layout = figure.layout
-            widget.layout.height = self._height_px
         widget.add_traces(list(figure.data))
         for trace in widget.data:
             if trace.name == self._points:

@@ -22,5 +22,5 @@ class Theme(anywidget.AnyWidget):
     """
 
     _esm = static("theme.js")
-    _css = static("style.css")
+    _css = static("page.css", "panels.css")
     dark = traitlets.Bool(False, help="Whether the page is dark; false until the page has said so.").tag(sync=True)

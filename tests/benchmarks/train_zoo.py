@@ -1,6 +1,6 @@
 """Trains the zoo's weights on the digits task, prints each test accuracy, and writes the shipped files with --write.
 
-    python tests/benchmarks/train_zoo.py [--write]
+python tests/benchmarks/train_zoo.py [--write]
 """
 
 from __future__ import annotations

@@ -110,6 +110,11 @@ class Lab:
 
     def __init__(self, page: Any):
         self.page = page
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("console", lambda line: self.errors.append(line.text) if line.type == "error" else None)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     def open(self, address: str, notebook: str) -> None:
         """Load JupyterLab, open `notebook`, and wait for its kernel."""

@@ -24,7 +24,7 @@ _COLUMNS = (
     Column("size"),
     Column("notes", number=False),
 )
-_NOTES = {"pareto": "on the front", "contended": "machine was busy"}
+_NOTES = {"pareto": "front", "contended": "busy"}
 _ALL = ("all", 0)
 
 
@@ -37,15 +37,15 @@ class ComparePanel(Panel):
     def _build(self) -> list[W.Widget]:
         self.batch = W.Dropdown(description="Batch size", options=[_ALL], layout=W.Layout(width="200px"))
         self.hint = W.HTML(
-            '<span class="wb-muted">Click a point or a row to see all about it; drag to zoom, double-click to zoom '
-            "out. Faded points are clearly beaten by another.</span>"
+            '<span class="wb-muted">Click a point to see all about it; drag to zoom, double-click to zoom out.</span>'
         )
         controls = W.HBox([self.batch, self.hint])
         controls.add_class("wb-controls")
-        self.chart = ClickPlot(POINTS, height_px=420)
+        self.hint.add_class("wb-hint")
+        self.chart = ClickPlot(POINTS, height_px=400)
         self.table = Table(
             _COLUMNS,
-            caption="Candidates; those on the front are bold",
+            caption="Bold: on the front. Faded in the chart: clearly beaten. Busy: measured beside other work",
             empty="No candidates yet. Run a recipe in Compress, or study.run([]) for the model as it is.",
             height="190px",
         )

@@ -42,7 +42,9 @@ class CompressPanel(Panel):
         self.engine = EngineChoice()
         self.batch = W.IntText(value=1, description="Batch size", layout=W.Layout(width="160px"))
         self.seed = W.IntText(value=0, description="Seed", layout=W.Layout(width="140px"))
-        self.run = W.Button(description="Run", button_style="primary", tooltip="Make and measure the candidate, as a job")
+        self.run = W.Button(
+            description="Run", button_style="primary", tooltip="Make and measure the candidate, as a job"
+        )
         self.copy = CopyButton()
         where = W.HBox([self.engine, self.batch, self.seed])
         actions = W.HBox([self.run, self.copy, self.engine.missing])

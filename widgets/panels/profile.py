@@ -56,9 +56,12 @@ class ProfilePanel(Panel):
             row.add_class("wb-controls")
         self.facts = W.HTML()
         self.facts.add_class("wb-facts-line")
-        self.bars = Plot(height="300px")
+        self.bars = Plot(height="320px")
         self.table = Table(
-            _COLUMNS, caption="Layers and kernels in execution order; click a row to mark it", empty="No profile yet.", height="180px"
+            _COLUMNS,
+            caption="Layers and kernels in execution order; click a row to mark it",
+            empty="No profile yet.",
+            height="160px",
         )
         self._list_networks()
         self._describe()
@@ -102,8 +105,14 @@ class ProfilePanel(Panel):
             self.refused.value = f"Batch size is {self.batch.value}; a whole number of at least 1 is needed."
             return
         backend = self.engine.backend
-        name = f"Profile {dict((n, w) for w, n in self.what.options)[self.what.value]} on {backend.label}"
-        job = jobs.submit(name, _profile, self.study, self.what.value, backend, self.batch.value)
+        job = jobs.submit(
+            f"Profile {self.what.label} on {backend.label}",
+            _profile,
+            self.study,
+            self.what.value,
+            backend,
+            self.batch.value,
+        )
         self.follow(job, self._show, "Showing the profile")
 
     def _show(self, profiled: Profile) -> None:

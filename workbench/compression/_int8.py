@@ -186,8 +186,8 @@ def _tidied(result: onnx.ModelProto, original: onnx.ModelProto) -> onnx.ModelPro
 def _carry_layers(original: onnx.ModelProto, result: onnx.ModelProto) -> None:
     """Write down which layers each node of the result stands for.
 
-    A node kept its name, or the output of one it replaced or absorbed; what is new around it serves a layer: a quantised
-    weight the layer that reads it, a quantised activation the layer that puts it out.
+    A node kept its name, or the output of one it replaced or absorbed; what is new around it serves a layer: a
+    quantised weight the layer that reads it, a quantised activation the layer that puts it out.
     """
     layers = provenance(original)
     by_output = {out: layers[node.name or node.output[0]] for node in original.graph.node for out in node.output}

@@ -29,8 +29,6 @@ from workbench.errors import StepError
 from workbench.models import inputs as model_inputs
 from workbench.models.model import Model
 
-Call = Callable[[nn.Module, Sequence[Tensor]], Any]
-
 _LEAST_KEPT = 0.1  # of each layer under global ranking: a layer cut to nothing cannot recover
 _TOLERANCE = 1e-4  # of the largest output; float32 rounding through a hundred layers stays below
 
@@ -55,9 +53,11 @@ class Width:
 
 @dataclass(frozen=True)
 class _Trial:
+    """A pruned copy, how many channels it lost, and why it may not be trusted; empty where it may."""
+
     pruned: nn.Module
     removed: int
-    faithful: bool
+    fault: str
 
 
 def remove_channels(model: Model, width: Width) -> nn.Module:
@@ -87,37 +87,131 @@ def remove_channels(model: Model, width: Width) -> nn.Module:
     # tracing follows grad_fn, which a caller's no_grad or inference_mode would leave empty
     with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its guesses about bare parameters are checked by running the result
-        noise = torch.Generator().manual_seed(0)
-        inputs = [_shaken(value, noise) for value in model.example.values()]
-        module, call = model.module, _caller(model)
-        names = _prunable(_traceable(module), call, inputs)
-        safe = _safe(module, call, inputs, width, names)
+        surgery = _Surgery(model, width)
+        names = surgery.prunable()
+        safe = surgery.safe(names)
         if not safe:
             raise StepError(
-                f"No layer can lose a channel: of {len(names)} candidates every one is tied to the output or to an "
-                "operation that cannot be followed. Prune single weights instead: wb.Prune(ratio, structured=False)."
+                f"No layer of {model.name} can lose a channel: {_why(names, surgery.trial)} Zero single weights "
+                f"instead: wb.Prune({width.ratio:g}, structured=False)."
             )
-        trial = _try(module, call, inputs, width, safe)
+        trial = surgery.attempt(safe)
+        if trial.fault:
+            raise StepError(
+                f"Layers of {model.name} can be pruned one by one but not together: {trial.fault}. Zero single weights "
+                f"instead: wb.Prune({width.ratio:g}, structured=False)."
+            )
         if not trial.removed:
             raise StepError(
-                f"A ratio of {width.ratio:g} removes no channel in widths that are multiples of {width.round_to}. "
-                "Give a larger ratio, or a smaller round_to."
+                f"A ratio of {width.ratio:g} removes no channel of {model.name} in widths that are multiples of "
+                f"{width.round_to}. Give a larger ratio or a smaller round_to."
             )
-        if not trial.faithful:
-            raise StepError(
-                "Each layer can be pruned alone but not all together: the pruned network would not compute what the "
-                "remaining channels computed. Prune single weights instead: wb.Prune(ratio, structured=False)."
-            )
-        for name, parameter in module.named_parameters():
+        for name, parameter in model.module.named_parameters():
             trial.pruned.get_parameter(name).requires_grad_(parameter.requires_grad)
         return trial.pruned.eval()
 
 
-def _caller(model: Model) -> Call:
-    names = list(model.example)
-    if model.keywords:
-        return lambda module, inputs: module(**dict(zip(names, inputs, strict=True)))
-    return lambda module, inputs: module(*inputs)
+def _why(names: Sequence[str], trial: _Trial | None) -> str:
+    if not names:
+        return "each of its layers feeds the output directly."
+    return (
+        f"the channels of {', '.join(names[:3])}{' and others' * (len(names) > 3)} cannot be followed ({trial.fault})."
+    )
+
+
+class _Surgery:
+    """Attempts at pruning one model to one width; `trial` is the latest."""
+
+    def __init__(self, model: Model, width: Width):
+        noise = torch.Generator().manual_seed(0)
+        self.module, self.width = model.module, width
+        self._inputs = [_shaken(value, noise) for value in model.example.values()]
+        self._names = list(model.example) if model.keywords else None
+        self._tried: tuple[str, ...] = ()
+        self.trial: _Trial | None = None
+
+    def prunable(self) -> list[str]:
+        """Names of the layers that head a group of channels which ends before the output; the largest group first."""
+        module = _traceable(self.module)
+        try:
+            graph = self._graph(module)
+        except Exception as error:  # a stranger's forward and the tracer raise what they like
+            raise StepError(f"The network cannot be traced for pruning: {type(error).__name__}: {error}") from error
+        names = {layer: name for name, layer in module.named_modules()}
+        found = []
+        for group in _groups(graph):
+            reaches_output = any(
+                graph.is_out_channel_pruning_fn(dep.handler)
+                and (dep.target.type == ops.OPTYPE.OUTPUT or not dep.target.outputs)
+                for dep, _ in group
+            )
+            if not reaches_output:
+                found.append((len(group), names[group[0].dep.target.module]))
+        return [name for _, name in sorted(found, key=lambda pair: -pair[0])]
+
+    def safe(self, names: Sequence[str], front: int = 1) -> list[str]:
+        """Those of `names` that can be pruned and leave the network right, found by splitting what fails.
+
+        Large groups come first and are the likely culprits, so a front part is split off that grows as it goes.
+        """
+        if not names or not self.attempt(names).fault:
+            return list(names)
+        if len(names) == 1:
+            return []
+        front = min(front, len(names) - 1)
+        return self.safe(names[:front]) + self.safe(names[front:], 2 * front)
+
+    def attempt(self, names: Sequence[str]) -> _Trial:
+        """Prune the groups headed by `names` in a copy, and compare it with one that ignores those channels."""
+        if self.trial is None or self._tried != tuple(names):
+            self._tried, self.trial = tuple(names), self._attempt(names)
+        return self.trial
+
+    def _attempt(self, names: Sequence[str]) -> _Trial:
+        pruned, removed = _traceable(self.module), 0
+        layers = {name: layer for name, layer in pruned.named_modules() if isinstance(layer, WEIGHTED)}
+        name_of = {layer: name for name, layer in layers.items()}
+        left = {name: list(range(_inputs_of(layer))) for name, layer in layers.items()}
+        unread: dict[str, list[int]] = {}
+        try:
+            graph = self._graph(pruned)
+            groups = [group for group in _groups(graph) if name_of.get(group[0].dep.target.module) in names]
+            for layer, function, indices in _choose(graph, groups, self.width):
+                group = graph.get_pruning_group(layer, function, indices)
+                for dep, dropped in group:
+                    name = name_of.get(dep.target.module)
+                    if name is not None and graph.is_in_channel_pruning_fn(dep.handler):
+                        gone = set(dropped)
+                        unread.setdefault(name, []).extend(left[name][i] for i in gone)
+                        left[name] = [channel for i, channel in enumerate(left[name]) if i not in gone]
+                group.prune()
+                removed += len(indices)
+            with torch.no_grad():
+                found = self._run(pruned)
+        except (
+            Exception
+        ) as error:  # a shape fixed in a stranger's forward, an index the tracer got wrong: a failed trial
+            return _Trial(pruned, removed, f"{type(error).__name__}: {error}")
+        masked = copy.deepcopy(self.module).eval()
+        for name, channels in unread.items():
+            masked.get_submodule(name).register_forward_pre_hook(_zeroing(channels))
+        with torch.no_grad():
+            expected = self._run(masked)
+        same = len(expected) == len(found) and all(map(_close, expected, found))
+        return _Trial(pruned, removed, "" if same else "the rest would not compute what it computed before")
+
+    def _graph(self, module: nn.Module) -> torch_pruning.DependencyGraph:
+        return torch_pruning.DependencyGraph().build_dependency(
+            module,
+            example_inputs=self._inputs,
+            forward_fn=lambda module, _: self._run(module),
+            output_transform=lambda outputs: [t for t in outputs if t.grad_fn is not None],
+        )
+
+    def _run(self, module: nn.Module) -> tuple[Tensor, ...]:
+        if self._names is not None:
+            return model_inputs.outputs(module(**dict(zip(self._names, self._inputs, strict=True))))
+        return model_inputs.outputs(module(*self._inputs))
 
 
 def _shaken(value: Tensor, noise: torch.Generator) -> Tensor:
@@ -135,67 +229,8 @@ def _traceable(module: nn.Module) -> nn.Module:
     return module
 
 
-def _graph(module: nn.Module, call: Call, inputs: Sequence[Tensor]) -> torch_pruning.DependencyGraph:
-    return torch_pruning.DependencyGraph().build_dependency(
-        module,
-        example_inputs=inputs,
-        forward_fn=call,
-        output_transform=lambda output: [t for t in model_inputs.outputs(output) if t.grad_fn is not None],
-    )
-
-
 def _groups(graph: torch_pruning.DependencyGraph) -> Iterator[Any]:
     return graph.get_all_groups(root_module_types=list(WEIGHTED))
-
-
-def _prunable(module: nn.Module, call: Call, inputs: Sequence[Tensor]) -> list[str]:
-    """Names of the layers that head a group of channels which does not reach the output; the largest group first."""
-    graph, names = _graph(module, call, inputs), {layer: name for name, layer in module.named_modules()}
-    found = []
-    for group in _groups(graph):
-        reaches_output = any(
-            graph.is_out_channel_pruning_fn(dep.handler)
-            and (dep.target.type == ops.OPTYPE.OUTPUT or not dep.target.outputs)
-            for dep, _ in group
-        )
-        if not reaches_output:
-            found.append((len(group), names[group[0].dep.target.module]))
-    return [name for _, name in sorted(found, key=lambda pair: -pair[0])]
-
-
-def _safe(module: nn.Module, call: Call, inputs: Sequence[Tensor], width: Width, names: list[str]) -> list[str]:
-    """Those of `names` that can be pruned and leave the network right, found by splitting what fails.
-
-    Large groups come first and are the likely culprits, so a small front part is split off.
-    """
-    if not names or _try(module, call, inputs, width, names).faithful:
-        return names
-    if len(names) == 1:
-        return []
-    cut = max(1, len(names) // 8)
-    return [name for part in (names[:cut], names[cut:]) for name in _safe(module, call, inputs, width, part)]
-
-
-def _try(module: nn.Module, call: Call, inputs: Sequence[Tensor], width: Width, names: Sequence[str]) -> _Trial:
-    """Prune the groups headed by `names` in a copy, and compare it with one whose later layers skip those channels."""
-    pruned = _traceable(module)
-    graph, layer_names = _graph(pruned, call, inputs), {layer: name for name, layer in pruned.named_modules()}
-    groups = [group for group in _groups(graph) if layer_names[group[0].dep.target.module] in names]
-    unread: dict[str, list[int]] = {}
-    left = {name: list(range(_inputs_of(layer))) for layer, name in layer_names.items() if isinstance(layer, WEIGHTED)}
-    removed = 0
-    for layer, function, indices in _choose(graph, groups, width):
-        group = graph.get_pruning_group(layer, function, indices)
-        for dep, dropped in group:
-            target = dep.target.module
-            if isinstance(target, WEIGHTED) and graph.is_in_channel_pruning_fn(dep.handler):
-                name = layer_names[target]
-                gone = set(dropped)
-                unread.setdefault(name, []).extend(left[name][i] for i in gone)
-                left[name] = [c for i, c in enumerate(left[name]) if i not in gone]
-        group.prune()
-        removed += len(indices)
-    return _Trial(pruned, removed, _same(module, pruned, unread, call, inputs))
 
 
 def _inputs_of(layer: nn.Module) -> int:
@@ -212,6 +247,8 @@ def _choose(
         parts = max(_parts(graph, dep) for dep, _ in group)
         # channels of a grouped layer go in step, one from each part, so they are ranked by their mean
         ranked.append((group, parts, score(group).view(parts, -1).mean(dim=0)))
+    if not ranked:
+        return []
     everything = torch.cat([scores.repeat(parts) for _, parts, scores in ranked]).sort().values
     threshold = everything[min(len(everything) - 1, round(width.ratio * len(everything)))]
     chosen = []
@@ -237,22 +274,6 @@ def _parts(graph: torch_pruning.DependencyGraph, dep: Any) -> int:
     pruner = graph.get_pruner_of_module(layer)
     outgoing = graph.is_out_channel_pruning_fn(dep.handler)
     return (pruner.get_out_channel_groups if outgoing else pruner.get_in_channel_groups)(layer)
-
-
-def _same(
-    module: nn.Module, pruned: nn.Module, unread: dict[str, list[int]], call: Call, inputs: Sequence[Tensor]
-) -> bool:
-    """Whether `pruned` computes what `module` does when its layers read the `unread` input channels as zero."""
-    masked = copy.deepcopy(module).eval()
-    for name, channels in unread.items():
-        masked.get_submodule(name).register_forward_pre_hook(_zeroing(channels))
-    with torch.no_grad():
-        expected = model_inputs.outputs(call(masked, inputs))
-        try:
-            found = model_inputs.outputs(call(pruned, inputs))
-        except (RuntimeError, ValueError, TypeError, IndexError):  # a fixed shape in forward that no longer fits
-            return False
-    return len(expected) == len(found) and all(_close(e, f) for e, f in zip(expected, found, strict=True))
 
 
 def _zeroing(channels: list[int]) -> Callable:

@@ -58,8 +58,8 @@ class Finetune(Step):
     """
 
     epochs: int = 2
-    learning_rate: float = 1e-3
-    batch_size: int = 64
+    learning_rate: float = 2e-3
+    batch_size: int = 32
     optimizer: str = field(default="adam", metadata={"choices": _OPTIMISERS})
     weight_decay: float = 0.0
 
@@ -120,7 +120,7 @@ class Finetune(Step):
                 loss = _loss(model.run_module(*(x[chosen] for x in samples)), labels[chosen])
                 if not bool(torch.isfinite(loss)):
                     raise StepError(
-                        f"The loss is {float(loss)} at epoch {epoch + 1}; nothing of this training is kept. "
+                        f"The loss is {float(loss.detach())} at epoch {epoch + 1}; nothing of this training is kept. "
                         f"Give a learning_rate below {self.learning_rate:g}."
                     )
                 optimiser.zero_grad(set_to_none=True)

@@ -56,7 +56,7 @@ def backend_from_dict(data: dict[str, Any]) -> Backend:
     return BACKENDS[name].from_dict(data)
 
 
-def open(folder: str | Path) -> Engine:
+def open(folder: str | Path) -> Engine:  # noqa: A001 - the public name is deployment.open
     """The engine of a package that `Engine.save` wrote, without the model it was compiled from.
 
     Every file is checked against the package's description first. Other library versions than those it was written

@@ -229,7 +229,7 @@ class Engine(ABC):
 
     def _check(self, inputs: tuple[Any, ...]) -> None:
         if self._closed:
-            raise BackendError(f"This engine of {self.name} on {self.backend.label} is closed. Compile the model again.")
+            raise BackendError(f"The engine of {self.name} on {self.backend.label} is closed. Compile the model again.")
         if len(inputs) != len(self.inputs):
             raise DataError(
                 f"{self.name} takes {len(self.inputs)} input{'s' if len(self.inputs) > 1 else ''} ({self._wanted()}), "

@@ -13,6 +13,10 @@ from workbench.errors import BackendError
 from workbench.models import export
 from workbench.models.model import Model, TensorSpec
 
+# where in its own source an engine noticed, and advice on extending it
+_NOISE = re.compile(r"Exception from |Check '|FrontEnd API failed|To facilitate|Summary:")
+_CODE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : ")
+
 
 def serialized(model: Model, title: str) -> bytes:
     """The model's ONNX graph as bytes.
@@ -64,9 +68,10 @@ def wanted_inputs(asked: Sequence[str], specs: Sequence[TensorSpec], title: str)
 
 def refusal(title: str, name: str, graph: onnx.ModelProto, error: Exception) -> BackendError:
     """What to raise where an engine does not take a graph: the operation and the layer, in the engine's own reason."""
-    reason = " ".join(str(error).split())
+    lines = [line for line in str(error).splitlines() if not _NOISE.match(line)]
+    reason = " ".join(_CODE.sub("", " ".join(lines)).split())
     return BackendError(
-        f"{title} cannot run {name}{_culprit(graph, reason)}: {reason[:600]} "
+        f"{title} cannot run {name}{_culprit(graph, reason)}: {reason[:600].rstrip('.')}. "
         "Another backend may: wb.Eager() runs every model that has a torch module."
     )
 
@@ -91,7 +96,9 @@ def _culprit(graph: onnx.ModelProto, reason: str) -> str:
     named = [n for n in graph.graph.node if n.name and _mentions(reason, n.name)]
     node = max(named, key=lambda n: len(n.name), default=None)
     if node is None:
-        node = next((n for n in graph.graph.node if _mentions(reason, n.op_type)), None)
+        # engines write the operation's domain before it
+        operations = re.sub(r"[\w.]+[.:](?=\w)", "", reason)
+        node = next((n for n in graph.graph.node if _mentions(operations, n.op_type)), None)
     if node is None:
         return ""
     layers = _layers(export.provenance(graph).get(node.name, ()))

@@ -113,7 +113,9 @@ def _chain(length: int, inputs: int) -> bytes:
     nodes = []
     for index in range(length):
         before = f"y{index}" if index else "x"
-        nodes.append(onnx.helper.make_node("Sum", [before] + ["x"] * (inputs - 1), [f"y{index + 1}"], name=f"sum{index}"))
+        nodes.append(
+            onnx.helper.make_node("Sum", [before] + ["x"] * (inputs - 1), [f"y{index + 1}"], name=f"sum{index}")
+        )
     graph = onnx.helper.make_graph(nodes, "chain", info[:1], info[1:])
     opset = onnx.helper.make_opsetid("", 17)
     return onnx.helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString()

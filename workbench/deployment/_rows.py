@@ -16,7 +16,10 @@ import onnx
 from workbench.models import export
 
 # operations an engine inserts itself, under names that begin like those of the graph: only the full name counts
-_MOVES = {"ReorderInput", "ReorderOutput", "Reorder", "Transpose", "QuantizeLinear", "DequantizeLinear", "Cast", "Convert"}
+_MOVES = {
+    *("ReorderInput", "ReorderOutput", "Reorder", "Transpose"),
+    *("QuantizeLinear", "DequantizeLinear", "Cast", "Convert"),
+}
 # operations that dominate a kernel, with the words of the kernel types that compute them
 _PRODUCTS = ("MatMul", "Gemm", "FullyConnected")
 _HEAVY = {
@@ -109,7 +112,7 @@ class Lineage:
         for index, node in enumerate(self.nodes):
             if index in owner:
                 continue
-            kernel = self._downstream(index, owner, kernels) if node.type in _HEAVY else None
+            kernel = self._downstream(index, owner, kernels, owned) if node.type in _HEAVY else None
             if kernel is None:
                 upstream = [owner[p] for t in node.inputs if (p := self._producer.get(t)) in owner]
                 kernel = max(upstream, default=None)
@@ -123,6 +126,7 @@ class Lineage:
 
     def _find(self, source: str, exact: bool) -> int | None:
         """The node `source` names: by its name or a tensor it writes, whole or followed by what the engine appended."""
+        source = source.removeprefix("fused ")
         ends = [len(source)]
         if not exact:
             ends += [i for i in range(len(source) - 1, 0, -1) if source[i] in "_/"]
@@ -132,7 +136,9 @@ class Lineage:
                     return known[source[:end]]
         return None
 
-    def _downstream(self, index: int, owner: dict[int, int], kernels: Sequence[Kernel]) -> int | None:
+    def _downstream(
+        self, index: int, owner: dict[int, int], kernels: Sequence[Kernel], owned: list[set[int]]
+    ) -> int | None:
         """The kernel of this heavy node's kind that is first reached through nodes without a kernel of their own."""
         words = _HEAVY[self.nodes[index].type]
         waiting, seen = [index], {index}
@@ -144,6 +150,8 @@ class Lineage:
                     seen.add(after)
                     if after not in owner:
                         waiting.append(after)
+                    elif any(self.nodes[n].type in _HEAVY for n in owned[owner[after]]):
+                        continue  # it computes a heavy node of its own
                     elif (kind := kernels[owner[after]].type) not in _MOVES and any(word in kind for word in words):
                         return owner[after]
         return None

@@ -7,8 +7,9 @@ import io
 import re
 import threading
 import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,12 @@ from torch import Tensor, nn
 
 from workbench.deployment._base import Availability, Backend, Engine, Output, refuse_bfloat16_inputs
 from workbench.deployment._nvidia import nvidia_driver
-from workbench.deployment.package import Contents, library_version
-from workbench.errors import BackendError
+from workbench.deployment._onnx import example_arrays, output_specs
+from workbench.deployment.package import Contents, library_version, runner
+from workbench.errors import BackendError, LoadError, WorkbenchError
+from workbench.jobs import SILENT, Progress
+from workbench.models.inputs import output_names, outputs
+from workbench.models.load import load
 from workbench.models.model import Model, TensorSpec
 
 
@@ -47,74 +52,83 @@ class _Threads:
 _THREADS = _Threads()
 
 
-def check_device(backend: Backend) -> None:
-    """Refuse a `device` that is not ``cpu``, ``cuda`` or ``cuda:1``."""
-    if not isinstance(backend.device, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", backend.device):
-        raise BackendError(
-            f"{type(backend).__name__}: device is {backend.device!r}. Accepted: cpu, cuda, or one GPU of several as cuda:1."
-        )
+@dataclass(frozen=True)
+class TorchBackend(Backend):
+    """A backend that runs the model's torch module; a subclass has the fields `threads` and `device`."""
 
+    def __post_init__(self) -> None:
+        self._check_threads()
+        if not isinstance(self.device, str) or not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise BackendError(
+                f"{type(self).__name__}: device is {self.device!r}. Accepted: cpu, cuda, or one GPU of several: cuda:1."
+            )
 
-def device_availability(device: str) -> Availability:
-    """Whether torch can use `device`, found out by putting a tensor there."""
-    if device == "cpu":
+    @classmethod
+    def variants(cls) -> tuple[Backend, ...]:
+        return (cls(), cls(device="cuda"))
+
+    def _settings(self) -> tuple[str, ...]:
+        return () if self.device == "cpu" else (self.device,)
+
+    def availability(self) -> Availability:
+        if self.device == "cpu":
+            return Availability(True)
+        if not nvidia_driver():
+            return Availability(False, f"torch {torch.__version__} finds no NVIDIA driver")
+        if torch.version.cuda is None:
+            build = f"torch {torch.__version__} is built without CUDA"
+            return Availability(False, build, "pip install --force-reinstall torch")
+        try:
+            torch.ones(1, device=self.device).add_(1).item()
+        except (RuntimeError, AssertionError) as error:
+            return Availability(False, f"torch cannot use {self.device}: {str(error).splitlines()[0]}")
         return Availability(True)
-    if not nvidia_driver():
-        return Availability(False, f"torch {torch.__version__} finds no NVIDIA driver")
-    if torch.version.cuda is None:
-        build = f"torch {torch.__version__} is built without CUDA"
-        return Availability(False, build, "pip install --force-reinstall torch")
-    try:
-        torch.ones(1, device=device).add_(1).item()
-    except (RuntimeError, AssertionError) as error:
-        return Availability(False, f"torch cannot use {device}: {str(error).splitlines()[0]}")
-    return Availability(True)
+
+    def check(self, model: Model) -> None:
+        if model.module is None:
+            what = "An int8 ONNX graph" if model.precision == "int8" else "An ONNX graph"
+            raise BackendError(
+                f"{type(self).__name__} runs torch modules, but {model.name} holds an ONNX graph only. {what} runs on "
+                "wb.OnnxRuntime() or wb.OpenVINO()."
+            )
+        refuse_bfloat16_inputs(self, model)
+
+    def compile(self, model: Model, progress: Progress = SILENT) -> Engine:
+        self.require()
+        self.check(model)
+        # a model is never changed in place, not even by moving it
+        module = model.module if self.device == "cpu" else copy.deepcopy(model.module).to(self.device)
+        engine = self._engine(
+            self, model.name, model.precision, model.inputs, (), _provider(self.device), self.thread_count,
+            module=module, keywords=model.keywords,
+        )  # fmt: skip
+        try:
+            progress(0.1, "first run")
+            engine.start(example_arrays(model))
+        except BaseException:
+            engine.close()
+            raise
+        progress(1.0, "ready")
+        return engine
+
+    def open(self, contents: Contents) -> Engine:
+        self.require()
+        try:
+            model = load(contents.paths["model.pt2"], name=contents.name)
+        except (KeyError, LoadError) as error:
+            raise BackendError(f"The package of {contents.name} does not open: {error}") from None
+        engine = self.compile(replace(model, precision=contents.precision))
+        engine.about = contents.about
+        return engine
+
+    @property
+    @abstractmethod
+    def _engine(self) -> type[TorchEngine]:
+        """What runs the module."""
 
 
-def check_module(backend: Backend, model: Model) -> None:
-    """Refuse a model that is only a graph, or whose inputs numpy cannot hold."""
-    if model.module is None:
-        what = "An int8 ONNX graph" if model.precision == "int8" else "An ONNX graph"
-        raise BackendError(
-            f"{type(backend).__name__} runs torch modules, but {model.name} holds an ONNX graph only. {what} runs on "
-            "wb.OnnxRuntime() or wb.OpenVINO()."
-        )
-    refuse_bfloat16_inputs(backend, model)
-
-
-def on_device(module: nn.Module, device: str) -> nn.Module:
-    """The module itself on the CPU, a copy of it elsewhere: a model is never changed in place."""
-    return module if device == "cpu" else copy.deepcopy(module).to(device)
-
-
-def provider(device: str) -> str:
-    """What runs it: ``torch 2.13.0 (cpu)``."""
+def _provider(device: str) -> str:
     return f"torch {torch.__version__.partition('+')[0]} ({device})"
-
-
-def flattened(value: Any, name: str = "output") -> list[tuple[str, Tensor]]:
-    """The tensors in a module's return value with a name each; dicts and dataclasses give the names.
-
-    Raises
-    ------
-    BackendError
-        If it returns something else than tensors in tuples, lists, dicts and dataclasses.
-    """
-    if isinstance(value, Tensor):
-        return [(name, value)]
-    if value is None:
-        return []
-    if isinstance(value, Mapping):
-        return [pair for key, part in value.items() for pair in flattened(part, str(key))]
-    if is_dataclass(value):
-        return [pair for f in fields(value) for pair in flattened(getattr(value, f.name), f.name)]
-    if isinstance(value, (tuple, list)):
-        parts = [flattened(part, f"{name}_{index}" if index else name) for index, part in enumerate(value)]
-        return [pair for part in parts for pair in part]
-    raise BackendError(
-        f"The module returns a {type(value).__name__} where a tensor is expected. An engine returns tensors, or tuples, "
-        "lists, dicts and dataclasses of them: wrap the module so that it returns nothing else."
-    )
 
 
 def array(tensor: Tensor) -> np.ndarray:
@@ -128,6 +142,17 @@ def tensor_of(x: np.ndarray) -> Tensor:
     """A tensor over the array's own memory; over a copy where torch cannot use that (read-only, strided)."""
     flags = x.flags
     return torch.from_numpy(x if flags.writeable and flags.c_contiguous else np.array(x, order="C"))
+
+
+class _ByPosition(nn.Module):
+    """A module that takes its inputs by keyword, called by position."""
+
+    def __init__(self, module: nn.Module, names: list[str]):
+        super().__init__()
+        self.module, self.names = module, names
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.module(**dict(zip(self.names, tensors, strict=True)))
 
 
 class TorchEngine(Engine):
@@ -144,11 +169,12 @@ class TorchEngine(Engine):
 
     def _callable(self) -> Callable[..., Any]:
         """What takes the tensors of one call in order."""
+        return self._by_position()
+
+    def _by_position(self) -> nn.Module:
         if not self._keywords:
             return self._module
-        names = [spec.name for spec in self.inputs]
-        module = self._module
-        return lambda *tensors: module(**dict(zip(names, tensors, strict=True)))
+        return _ByPosition(self._module, [spec.name for spec in self.inputs])
 
     def raw(self, inputs: tuple[np.ndarray, ...]) -> Any:
         """The module's own return value for one batch."""
@@ -161,6 +187,25 @@ class TorchEngine(Engine):
         with torch.inference_mode():
             return self._call(*tensors)
 
+    def start(self, example: tuple[np.ndarray, ...]) -> None:
+        """Run the example once and learn the outputs from it.
+
+        Raises
+        ------
+        BackendError
+            If the module does not run on it, or returns something else than tensors.
+        """
+        try:
+            tensors = outputs(self.raw(example))
+        except WorkbenchError:
+            raise
+        except Exception as error:  # the module is a stranger's code and raises what it likes
+            raise BackendError(
+                f"{self.name} does not run on its own example inputs: {type(error).__name__} "
+                f"{' '.join(str(error).split())[:400]} Load it with inputs that fit: wb.load(module, inputs=…)."
+            ) from error
+        self.outputs = output_specs(output_names(len(tensors)), [array(t) for t in tensors], len(example[0]))
+
     def _run(self, *inputs: np.ndarray) -> Output:
         try:
             result = self.raw(inputs)
@@ -168,7 +213,7 @@ class TorchEngine(Engine):
             raise self._failed(inputs, error) from error
         if type(result) is Tensor:
             return array(result)
-        arrays = tuple(array(tensor) for _, tensor in flattened(result))
+        arrays = tuple(array(tensor) for tensor in outputs(result))
         return arrays[0] if len(arrays) == 1 else arrays
 
     def artifact(self) -> dict[str, bytes]:
@@ -209,7 +254,7 @@ class TorchEngine(Engine):
         return {"keywords": self._keywords}
 
     def runner(self) -> tuple[str, tuple[str, ...]]:
-        return _RUNNER, (
+        return runner("torch", _RUN), (
             "# this package runs in torch; one saved from wb.OnnxRuntime() or wb.OpenVINO() does without",
             f"torch=={library_version('torch')}",
             f"numpy=={np.__version__}",
@@ -221,46 +266,17 @@ class TorchEngine(Engine):
         self._give_back()
 
 
-def opened_module(contents: Contents) -> tuple[nn.Module, bool]:
-    """The module of a package written by a torch engine, and whether it takes its inputs by keyword."""
-    try:
-        program = torch.export.load(contents.paths["model.pt2"])
-        keywords = bool(contents.notes["keywords"])
-    except (KeyError, RuntimeError, ValueError, OSError) as error:
-        raise BackendError(f"The package of {contents.name} does not open in torch {torch.__version__}: {error}") from error
-    return program.module(), keywords
-
-
 def _example(spec: TensorSpec, device: str) -> Tensor:
     # two samples: torch.export takes a batch of one for a constant
     shape = tuple(2 if n is None else n for n in spec.shape)
     return torch.zeros(shape, dtype=getattr(torch, spec.dtype), device=device)
 
 
-_RUNNER = '''"""Run this model: python run.py INPUT.npy …, one file per input of package.json, in its order and preprocessed."""
-
-import json
-import sys
-from pathlib import Path
-
-import numpy as np
-import torch
-
-here = Path(__file__).parent
-package = json.loads((here / "package.json").read_text(encoding="utf-8"))
-names = [spec["name"] for spec in package["inputs"]]
-if len(sys.argv) != 1 + len(names):
-    sys.exit(f"usage: python run.py {' '.join(name + '.npy' for name in names)}")
-torch.set_num_threads(package["backend"]["threads"] or torch.get_num_threads())
+_RUN = """torch.set_num_threads(backend["threads"] or torch.get_num_threads())
 module = torch.export.load(here / "model.pt2").module()
-feeds = {name: torch.from_numpy(np.load(path)) for name, path in zip(names, sys.argv[1:], strict=True)}
+tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
 with torch.inference_mode():
-    result = module(**feeds) if package["notes"]["keywords"] else module(*feeds.values())
-outputs = [t.float().numpy() if t.dtype == torch.bfloat16 else t.numpy() for t in torch.utils._pytree.tree_leaves(result)]
-for spec, output in zip(package["outputs"], outputs, strict=True):
-    print(spec["name"], output.dtype, output.shape)
-np.savez("outputs.npz", *outputs)
-classes = package["about"].get("classes")
-if classes:
-    print("top class:", *(classes[i] for i in outputs[0].argmax(axis=-1).reshape(-1)))
-'''
+    result = module(**tensors) if package["notes"]["keywords"] else module(*tensors.values())
+outputs = [t.float() if t.dtype == torch.bfloat16 else t for t in torch.utils._pytree.tree_leaves(result)]
+outputs = [t.numpy() for t in outputs if t is not None]
+"""

@@ -11,19 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from workbench.deployment import _torch
-from workbench.deployment._base import Availability, Backend, Engine, OpTiming
-from workbench.deployment._onnx import example_arrays, output_specs
-from workbench.deployment.package import Contents
+from workbench.deployment._base import OpTiming
+from workbench.deployment._torch import TorchBackend, TorchEngine
 from workbench.errors import BackendError
-from workbench.jobs import SILENT, Progress
-from workbench.models.model import Model
 
 _WARM_UP = 3
 
 
 @dataclass(frozen=True)
-class Eager(Backend):
+class Eager(TorchBackend):
     """PyTorch as it is: what every other backend is compared with.
 
     Parameters
@@ -40,57 +36,12 @@ class Eager(Backend):
     device: str = "cpu"
     threads: int | None = None
 
-    def __post_init__(self) -> None:
-        _torch.check_device(self)
-        self._check_threads()
-
-    @classmethod
-    def variants(cls) -> tuple[Backend, ...]:
-        return (cls(), cls(device="cuda"))
-
-    def _settings(self) -> tuple[str, ...]:
-        return () if self.device == "cpu" else (self.device,)
-
-    def availability(self) -> Availability:
-        return _torch.device_availability(self.device)
-
-    def check(self, model: Model) -> None:
-        _torch.check_module(self, model)
-
-    def compile(self, model: Model, progress: Progress = SILENT) -> Engine:
-        self.require()
-        self.check(model)
-        engine = self._engine(model.name, model.precision, model.inputs, (), model.module, model.keywords)
-        arrays = example_arrays(model)
-        try:
-            outputs = _torch.flattened(engine.raw(arrays))
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise BackendError(
-                f"{model.name} does not run on its own example inputs: {' '.join(str(error).split())[:400]} Load it "
-                "with inputs that fit, wb.load(module, inputs=…)."
-            ) from error
-        names, tensors = zip(*outputs, strict=True)
-        engine.outputs = output_specs(names, [_torch.array(t) for t in tensors], len(arrays[0]))
-        progress(1.0, "ready")
-        return engine
-
-    def open(self, contents: Contents) -> Engine:
-        self.require()
-        module, keywords = _torch.opened_module(contents)
-        engine = self._engine(
-            contents.name, contents.precision, contents.inputs, contents.outputs, module, keywords
-        )
-        engine.about = contents.about
-        return engine
-
-    def _engine(self, name: str, precision: str, inputs: Any, outputs: Any, module: nn.Module, keywords: bool) -> Engine:
-        return EagerEngine(
-            self, name, precision, inputs, outputs, _torch.provider(self.device), self.thread_count,
-            module=_torch.on_device(module, self.device), keywords=keywords,
-        )  # fmt: skip
+    @property
+    def _engine(self) -> type[EagerEngine]:
+        return EagerEngine
 
 
-class EagerEngine(_torch.TorchEngine):
+class EagerEngine(TorchEngine):
     """The module, called."""
 
     def profile(self, inputs: Sequence[np.ndarray], repeats: int = 50) -> list[OpTiming]:

@@ -26,6 +26,7 @@ from workbench.deployment._base import (
     Output,
     refuse_bfloat16_inputs,
 )
+from workbench.deployment._nvidia import nvidia_driver
 from workbench.deployment._onnx import (
     example_arrays,
     first_product,
@@ -34,8 +35,7 @@ from workbench.deployment._onnx import (
     serialized,
     wanted_inputs,
 )
-from workbench.deployment._nvidia import nvidia_driver
-from workbench.deployment.package import Contents
+from workbench.deployment.package import Contents, runner
 from workbench.errors import BackendError, BackendUnavailable
 from workbench.jobs import SILENT, Progress
 from workbench.models.model import Model, TensorSpec
@@ -221,7 +221,7 @@ class OnnxRuntimeEngine(Engine):
 
     def runner(self) -> tuple[str, tuple[str, ...]]:
         name = "onnxruntime" if self.backend.provider == "cpu" else "onnxruntime-gpu"
-        return _RUNNER, (
+        return runner("onnxruntime", _RUN), (
             "# onnxruntime and onnxruntime-gpu run this alike on a CPU; never install both",
             f"{name}=={_library().__version__}",
             f"numpy=={np.__version__}",
@@ -236,7 +236,8 @@ def _library() -> ModuleType:
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
-        raise BackendUnavailable("OnnxRuntime", f"onnxruntime does not load ({error})", "pip install onnxruntime") from None
+        why = f"onnxruntime is not installed or does not load ({error})"
+        raise BackendUnavailable("OnnxRuntime", why, "pip install onnxruntime") from None
 
 
 def _distributions() -> tuple[str, ...]:
@@ -304,29 +305,8 @@ def _missing_library(ort: ModuleType, provider: str) -> str:
     return ""
 
 
-_RUNNER = '''"""Run this model: python run.py INPUT.npy …, one file per input of package.json, in its order and preprocessed."""
-
-import json
-import sys
-from pathlib import Path
-
-import numpy as np
-import onnxruntime
-
-here = Path(__file__).parent
-package = json.loads((here / "package.json").read_text(encoding="utf-8"))
-names = [spec["name"] for spec in package["inputs"]]
-if len(sys.argv) != 1 + len(names):
-    sys.exit(f"usage: python run.py {' '.join(name + '.npy' for name in names)}")
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = package["backend"]["threads"] or 0
+_RUN = """options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = backend["threads"] or 0
 session = onnxruntime.InferenceSession(here / "model.onnx", options, providers=[package["provider"]])
-feeds = {name: np.load(path) for name, path in zip(names, sys.argv[1:], strict=True)}
 outputs = session.run(None, {i.name: feeds[i.name] for i in session.get_inputs()})
-for spec, output in zip(package["outputs"], outputs, strict=True):
-    print(spec["name"], output.dtype, output.shape)
-np.savez("outputs.npz", *outputs)
-classes = package["about"].get("classes")
-if classes:
-    print("top class:", *(classes[i] for i in outputs[0].argmax(axis=-1).reshape(-1)))
-'''
+"""

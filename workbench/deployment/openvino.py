@@ -23,7 +23,7 @@ from workbench.deployment._base import (
 )
 from workbench.deployment._onnx import example_arrays, output_specs, refusal, serialized, wanted_inputs
 from workbench.deployment._rows import Kernel, Lineage
-from workbench.deployment.package import Contents, library_version
+from workbench.deployment.package import Contents, library_version, runner
 from workbench.errors import BackendError, BackendUnavailable
 from workbench.jobs import SILENT, Progress
 from workbench.models.model import Model, TensorSpec
@@ -251,7 +251,7 @@ class OpenVINOEngine(Engine):
         return {"lineage": self._lineage.to_list()}
 
     def runner(self) -> tuple[str, tuple[str, ...]]:
-        return _RUNNER, (f"openvino=={library_version('openvino')}", f"numpy=={np.__version__}")
+        return runner("openvino", _RUN), (f"openvino=={library_version('openvino')}", f"numpy=={np.__version__}")
 
     def close(self) -> None:
         super().close()
@@ -278,7 +278,8 @@ def _library() -> ModuleType:
     try:
         return importlib.import_module("openvino")
     except ImportError as error:
-        raise BackendUnavailable("OpenVINO", f"openvino is not installed or does not load ({error})", _INSTALL) from None
+        why = f"openvino is not installed or does not load ({error})"
+        raise BackendUnavailable("OpenVINO", why, _INSTALL) from None
 
 
 @cache
@@ -287,31 +288,9 @@ def _core() -> Any:
     return _library().Core()
 
 
-_RUNNER = '''"""Run this model: python run.py INPUT.npy …, one file per input of package.json, in its order and preprocessed."""
-
-import json
-import sys
-from pathlib import Path
-
-import numpy as np
-import openvino
-
-here = Path(__file__).parent
-package = json.loads((here / "package.json").read_text(encoding="utf-8"))
-names = [spec["name"] for spec in package["inputs"]]
-if len(sys.argv) != 1 + len(names):
-    sys.exit(f"usage: python run.py {' '.join(name + '.npy' for name in names)}")
-backend = package["backend"]
-settings = {"INFERENCE_PRECISION_HINT": {"fp32": "f32"}.get(backend["precision"], backend["precision"])}
+_RUN = """settings = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[backend["precision"]]}
 if backend["threads"]:
     settings["INFERENCE_NUM_THREADS"] = backend["threads"]
 model = openvino.Core().compile_model(here / "model.xml", backend["device"], settings)
-feeds = {name: np.load(path) for name, path in zip(names, sys.argv[1:], strict=True)}
-outputs = list(model({p.get_any_name(): feeds[p.get_any_name()] for p in model.inputs}).values())
-for spec, output in zip(package["outputs"], outputs, strict=True):
-    print(spec["name"], output.dtype, output.shape)
-np.savez("outputs.npz", *outputs)
-classes = package["about"].get("classes")
-if classes:
-    print("top class:", *(classes[i] for i in outputs[0].argmax(axis=-1).reshape(-1)))
-'''
+outputs = list(model({i.get_any_name(): feeds[i.get_any_name()] for i in model.inputs}).values())
+"""

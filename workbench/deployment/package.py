@@ -56,6 +56,41 @@ class Contents:
     paths: dict[str, Path] = field(default_factory=dict)
 
 
+# what every package's run.py does around the lines of its engine
+_RUNNER = '''"""Run this model: python run.py INPUT.npy …
+
+One file per input of package.json, in its order and preprocessed. The outputs go to outputs.npz.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import LIBRARY
+
+here = Path(__file__).parent
+package = json.loads((here / "package.json").read_text(encoding="utf-8"))
+names = [spec["name"] for spec in package["inputs"]]
+if len(sys.argv) != 1 + len(names):
+    sys.exit(f"usage: python run.py {' '.join(name + '.npy' for name in names)}")
+feeds = {name: np.load(path) for name, path in zip(names, sys.argv[1:], strict=True)}
+backend = package["backend"]
+ENGINE
+for spec, output in zip(package["outputs"], outputs, strict=True):
+    print(spec["name"], output.dtype, output.shape)
+np.savez("outputs.npz", *outputs)
+classes = package["about"].get("classes") or package["about"].get("task", {}).get("classes")
+if classes:
+    print("top class:", *(classes[i] for i in outputs[0].argmax(axis=-1).reshape(-1)))
+'''
+
+
+def runner(library: str, engine: str) -> str:
+    """The script ``run.py``: `engine` is the lines that make a list ``outputs`` of the arrays in ``feeds``."""
+    return _RUNNER.replace("LIBRARY", library).replace("ENGINE\n", engine)
+
+
 def library_version(name: str) -> str:
     """Installed version of a distribution without its local part: ``2.13.0`` for ``2.13.0+cpu``."""
     return metadata.version(name).partition("+")[0]
@@ -178,7 +213,9 @@ def read(folder: Path) -> Contents:
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        raise BackendError(f"{folder} is not a package: it has no {MANIFEST}. Write one with engine.save({folder.name!r}).")
+        raise BackendError(
+            f"{folder} is not a package: it has no {MANIFEST}. Write one with engine.save({folder.name!r})."
+        )
     if path.stat().st_size > _MANIFEST_LIMIT:
         raise BackendError(f"{path} has {path.stat().st_size} bytes, too many for a package's description.")
     try:

@@ -30,7 +30,17 @@ _SYMBOLS = {
     "OpenVINO": "diamond",
     "TensorRT": "star-triangle-up",
 }
-_SPARE_SYMBOLS = ("triangle-up", "triangle-down", "cross", "x", "hexagram", "star", "bowtie", "hourglass", "star-square")
+_SPARE_SYMBOLS = (
+    "triangle-up",
+    "triangle-down",
+    "cross",
+    "x",
+    "hexagram",
+    "star",
+    "bowtie",
+    "hourglass",
+    "star-square",
+)
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 

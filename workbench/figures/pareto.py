@@ -76,7 +76,7 @@ def _point(row: pd.Series, faded: bool) -> Point:
         f"<b>{int(row['candidate'])}: {style.plain(row['recipe'])}</b>",
         f"{style.plain(row['backend'])} · batch {int(row['batch'])} · {style.plain(row['precision'])}",
         f"accuracy {fmt.accuracy(accuracy)} {fmt.plus_minus(accuracy, interval, 100)}",
-        f"latency {fmt.milliseconds(latency)} {fmt.plus_minus(latency, between, digits=decimals(latency))}",
+        f"latency {fmt.milliseconds(latency)} {latency_interval(latency, between)}",
         f"{fmt.factor(float(row['speedup']))} · {fmt.size(float(row['size_bytes']))}",
     ]
     if bool(row["contended"]):
@@ -97,9 +97,16 @@ def _point(row: pd.Series, faded: bool) -> Point:
     )
 
 
-def decimals(value: float) -> int:
-    """Decimals at which a positive number shows three significant digits, for writing its interval alike."""
-    return max(2 - math.floor(math.log10(value)), 0) if value > 0 and math.isfinite(value) else 2
+def latency_interval(latency_ms: float, interval_ms: tuple[float, float]) -> str:
+    """The interval of a latency, written to the digits of its value and never so short that it reads as zero."""
+    half = float(f"{(interval_ms[1] - interval_ms[0]) / 2:.0e}")  # 0.0999… is 0.1, at one digit
+    digits = max(_decimals(latency_ms, 3), _decimals(half, 1))
+    return fmt.plus_minus(latency_ms, interval_ms, digits=digits)
+
+
+def _decimals(value: float, significant: int) -> int:
+    """Decimals at which a positive number shows so many significant digits; 0 where it is none."""
+    return max(significant - 1 - math.floor(math.log10(value)), 0) if value > 0 and math.isfinite(value) else 0
 
 
 def _accuracy_range(points: tuple[Point, ...]) -> tuple[float, float]:
@@ -109,7 +116,10 @@ def _accuracy_range(points: tuple[Point, ...]) -> tuple[float, float]:
 
 
 def _latency_range(points: tuple[Point, ...]) -> tuple[float, float]:
-    low, high = min(p.latency_low_ms for p in points), max(p.latency_high_ms for p in points)
+    # an interval that reaches far out says that one point is uncertain; it must not squeeze all the others together
+    first, last = min(p.latency_ms for p in points), max(p.latency_ms for p in points)
+    low = max(min(p.latency_low_ms for p in points), first / 1.5)
+    high = min(max(p.latency_high_ms for p in points), last * 1.5)
     pad = max((high / low) ** 0.08, 1.15)
     return low / pad, high * pad
 
@@ -214,15 +224,17 @@ def _front(info: ParetoInfo, ink: style.Ink) -> list[dict[str, Any]]:
     return traces
 
 
-def _baseline_label(base: Point, ink: style.Ink) -> dict[str, Any]:
+def _baseline_label(info: ParetoInfo, ink: style.Ink) -> dict[str, Any]:
+    base, (low, high) = info.baseline, info.latency_range
+    left = base.latency_ms > math.sqrt(low * high)  # where there is room for it
     return {
         "text": "baseline",
         "showarrow": False,
         "x": math.log10(base.latency_ms),  # plotly wants the logarithm here, and the value itself everywhere else
         "y": base.accuracy,
-        "xanchor": "right",
+        "xanchor": "right" if left else "left",
         "yanchor": "top",
-        "xshift": -10,
+        "xshift": -10 if left else 10,
         "yshift": -4,
         "font": {"size": 12, "color": ink.muted},
     }
@@ -261,7 +273,12 @@ def _legend(points: tuple[Point, ...], ink: style.Ink) -> list[dict[str, Any]]:
             "mode": "markers",
             "x": [None],
             "y": [None],
-            "marker": {"size": 11, "color": colour, "symbol": symbol, "line": {"color": ink.muted, "width": 1.2 * outlined}},
+            "marker": {
+                "size": 11,
+                "color": colour,
+                "symbol": symbol,
+                "line": {"color": ink.muted, "width": 1.2 * outlined},
+            },
             "legendgroup": group,
             "legendgrouptitle": {"text": group},
             "hoverinfo": "skip",
@@ -276,7 +293,7 @@ def _layout(info: ParetoInfo, dark: bool) -> dict[str, Any]:
     dotted = {"type": "line", "line": {"color": ink.muted, "width": 1, "dash": "dot"}, "layer": "below"}
     shapes, annotations = [], []
     if info.baseline is not None:
-        annotations.append(_baseline_label(info.baseline, ink))
+        annotations.append(_baseline_label(info, ink))
         x, y = info.baseline.latency_ms, info.baseline.accuracy
         shapes.append(dotted | {"xref": "paper", "x0": 0, "x1": 1, "y0": y, "y1": y})
         shapes.append(dotted | {"yref": "paper", "y0": 0, "y1": 1, "x0": x, "x1": x})

@@ -60,9 +60,9 @@ def to_onnx(module: nn.Module, example: dict[str, Tensor], keywords: bool, name:
     ways = _ways(module, example)
     first: Exception | None = None
     with torch.no_grad(), _quiet():
-        for way, note in ways:
+        for way, said in ways:
             try:
-                model = way(module, example, keywords)
+                model, note = way(module, example, keywords), said
                 break
             except Exception as error:  # the exporters raise whatever a stranger's forward does
                 first = first or error
@@ -125,10 +125,10 @@ def _program(module: nn.Module, example: dict[str, Tensor], keywords: bool, dyna
         optimize=False,  # done below, once it is noted which node came from where
         verbose=False,
     )
-    leaves = {path for path, inner in module.named_modules() if not any(True for _ in inner.children())}
-    origins = naming.snapshot(program.model, leaves)
+    childless = {path: not any(True for _ in inner.children()) for path, inner in module.named_modules()}
+    origins = naming.snapshot(program.model, childless)
     program.optimize()
-    layers = naming.layers_after(program.model, origins, leaves)
+    layers = naming.layers_after(program.model, origins, childless)
     naming.rename(program.model, layers, _kept(module, example, names))
     return program.model
 
@@ -136,8 +136,6 @@ def _program(module: nn.Module, example: dict[str, Tensor], keywords: bool, dyna
 def _older(module: nn.Module, example: dict[str, Tensor], keywords: bool) -> ir.Model:
     names = output_names(len(outputs(module(**example) if keywords else module(*example.values()))))
     args = () if keywords else tuple(example.values())
-    if isinstance(module, torch.jit.ScriptModule) and not keywords:
-        module = torch.jit.trace(module, args, check_trace=False)  # settles what a script leaves open, such as sizes
     file = io.BytesIO()
     torch.onnx.export(
         module,

@@ -13,6 +13,7 @@ from workbench.models.provenance import provenance
 Shape = tuple[int | None, ...]
 
 _HIDDEN = {"Constant", "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+_SEEN_THROUGH = {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Identity"}
 _WEIGHTS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE} | {
     TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4
 }  # fmt: skip
@@ -86,10 +87,9 @@ class _Weights:
                 value = next((a.t for a in node.attribute if a.name == "value"), None)
                 if value is not None and value.data_type in _WEIGHTS and value.dims:
                     self._sizes[node.output[0]] = math.prod(value.dims)
-            elif node.input and node.input[0] in self._constants:
-                if node.op_type in ("DequantizeLinear", "QuantizeLinear", "Cast", "Transpose", "Identity"):
-                    self._constants.update(node.output)
-                    self._behind[node.output[0]] = node.input[0]
+            elif node.op_type in _SEEN_THROUGH and node.input and node.input[0] in self._constants:
+                self._constants.update(node.output)
+                self._behind[node.output[0]] = node.input[0]
 
     def is_constant(self, name: str) -> bool:
         return name in self._constants

@@ -1,7 +1,7 @@
 """Layer tables: a row per layer with its shapes, parameters and multiply-accumulates.
 
-Columns: layer, type, input_shape, output_shape, parameters, macs. Shapes are tuples without the batch axis (of the first
-tensor, where a layer takes or gives several; None for a length that is not known), MACs those of one sample.
+Columns: layer, type, input_shape, output_shape, parameters, macs. Shapes are tuples without the batch axis (of the
+first tensor, where a layer takes or gives several; None for a length that is not known), MACs those of one sample.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class _Watch:
             self.rows.append((path or self.name, kind, _shape(given), _shape(output), parameters, macs))
 
     def _parameters(self, module: nn.Module, works: bool) -> int:
-        """Parameters not yet counted: its own, and those of children it uses without calling them, as attention does."""
+        """Parameters not yet counted: its own, and those of children it uses without a call, as attention does."""
         owners = [module]
         if works:
             owners += [m for m in module.modules() if m not in self._ran]
@@ -134,7 +134,7 @@ class _Watch:
 
 @contextmanager
 def _track(module: nn.Module, enter: Any, leave: Any) -> Any:
-    """Calls `enter` and `leave` around every submodule's run; yields the stack of paths, which a failure leaves as is."""
+    """Call `enter` and `leave` around every submodule's run; yields the paths running, which a failure leaves."""
     stack: list[str] = []
     hooks = []
     here = threading.get_ident()  # a job may run the same module meanwhile

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from workbench.errors import LoadError
 from workbench.models.model import Model
 from workbench.models.sources import (
@@ -77,5 +79,6 @@ def load(
     for kind in _SOURCES:
         if kind.fits(request):
             request.accept_only(kind.OPTIONS, kind.TITLE)
-            return kind.read(request)
+            with torch.random.fork_rng(devices=[]):  # building a network draws its first weights
+                return kind.read(request)
     raise LoadError(request.not_understood())

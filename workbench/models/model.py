@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 import pandas as pd
 import torch
-from torch import nn
+from torch import fx, nn
 
 from workbench.errors import LoadError
 from workbench.models import export, layers
@@ -29,7 +29,7 @@ class TensorSpec:
     dtype: str
 
     def __str__(self) -> str:
-        axes = ", ".join("N" if n is None else str(n) for n in self.shape)
+        axes = ", ".join(("?" if i else "N") if n is None else str(n) for i, n in enumerate(self.shape))
         return f"{self.name}: {self.dtype} ({axes})"
 
 
@@ -136,8 +136,11 @@ class Model:
         if self.module is not None:
             # the printed module stands for its structure: leaf types and their settings, without memory addresses
             digest.update(repr(self.module).encode())
-            for module in self.module.modules():  # what traced and scripted modules compute is in their graph alone
-                digest.update(str(getattr(module, "inlined_graph" if _scripted(module) else "graph", "")).encode())
+            for part in self.module.modules():  # what a traced or scripted module computes is not in its repr
+                if isinstance(part, torch.jit.ScriptModule):
+                    digest.update(part.code.encode() if hasattr(part, "forward") else b"")
+                elif isinstance(getattr(part, "graph", None), fx.Graph):
+                    digest.update(str(part.graph).encode())
             for key, value in sorted(self.module.state_dict().items()):
                 digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -159,7 +162,8 @@ class Model:
     def __repr__(self) -> str:
         kind = "module" if self.module is not None else "ONNX graph"
         ins = ", ".join(str(s) for s in self.inputs)
-        return f"<Model {self.name}: {kind}, {self.parameters:,} parameters, {self.precision}, weights {self.weights}; {ins}>"
+        size = f"{self.parameters:,} parameters"
+        return f"<Model {self.name}: {kind}, {size}, {self.precision}, weights {self.weights}; {ins}>"
 
     def _repr_html_(self) -> str:
         from html import escape

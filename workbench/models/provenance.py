@@ -59,16 +59,16 @@ def provenance(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def snapshot(model: ir.Model, leaves: Collection[str]) -> dict[str, Origin]:
-    """Each value's origin in a graph as exported, before optimisation; `leaves` are the paths of childless modules."""
+def snapshot(model: ir.Model, modules: Mapping[str, bool]) -> dict[str, Origin]:
+    """Each value's origin in a graph before optimisation; `modules` says of each path whether it is childless."""
     origins = {}
     for order, node in enumerate(model.graph):
-        origin = Origin(order, _scoped_layer(node.metadata_props, leaves), _names(node.inputs))
+        origin = Origin(order, _scoped_layer(node.metadata_props, modules), _names(node.inputs))
         origins.update((value.name, origin) for value in node.outputs)
     return origins
 
 
-def layers_after(model: ir.Model, origins: Mapping[str, Origin], leaves: Collection[str]) -> Callable[..., tuple]:
+def layers_after(model: ir.Model, origins: Mapping[str, Origin], modules: Mapping[str, bool]) -> Callable[..., tuple]:
     """A function that gives the layers of a node of the optimised graph: those of every node it replaced.
 
     A node replaced those that lay between what it reads and what it writes.
@@ -80,7 +80,7 @@ def layers_after(model: ir.Model, origins: Mapping[str, Origin], leaves: Collect
         found: dict[int, str] = {}
         for value in node.outputs:
             _between(value.name, reads, alive - {value.name}, origins, found)
-        own = _scoped_layer(node.metadata_props, leaves)
+        own = _scoped_layer(node.metadata_props, modules)
         unique = dict.fromkeys(layer for _, layer in sorted(found.items()) if layer)
         return tuple(unique) or ((own,) if own else ())
 
@@ -151,9 +151,7 @@ def rename_batch(model: ir.Model, name: str = "batch") -> bool:
     return True
 
 
-def _between(
-    name: str, reads: set[str], alive: set[str], origins: Mapping[str, Origin], found: dict[int, str]
-) -> bool:
+def _between(name: str, reads: set[str], alive: set[str], origins: Mapping[str, Origin], found: dict[int, str]) -> bool:
     """Collect the origins on every way back from a value to what is read; whether there is such a way."""
     if name in reads:
         return True
@@ -162,15 +160,19 @@ def _between(
         return False
     if origin.order in found:
         return True
-    # a generator would stop at the first way
-    if any([_between(source, reads, alive, origins, found) for source in origin.inputs]):
+    # all of them, where a generator would stop at the first
+    ways = [_between(source, reads, alive, origins, found) for source in origin.inputs]
+    if any(ways):
         found[origin.order] = origin.layer
         return True
     return False
 
 
-def _scoped_layer(metadata: Mapping[str, str], leaves: Collection[str] | None) -> str:
-    """The layer in a node's name scopes: its module, followed by the operation where the module has children."""
+def _scoped_layer(metadata: Mapping[str, str], modules: Mapping[str, bool] | None) -> str:
+    """The layer in a node's name scopes: its module, followed by the operation where the module has children.
+
+    `modules` says of each path whether the module there is childless; None where the module is not at hand.
+    """
     try:
         scopes = ast.literal_eval(metadata.get(_SCOPES, "[]"))
         classes = ast.literal_eval(metadata.get(_CLASSES, "[]"))
@@ -178,8 +180,9 @@ def _scoped_layer(metadata: Mapping[str, str], leaves: Collection[str] | None) -
         return ""
     if len(scopes) < 2:
         return ""
-    path = scopes[-2]
-    if path in leaves if leaves is not None else len(scopes) > 2 and _is_layer(classes):
+    # tracing adds scopes of its own, which are no modules
+    path = next((p for p in reversed(scopes[:-1]) if modules is None or p in modules), "")
+    if path and (_is_layer(classes) if modules is None else modules[path]):
         return path
     parts = classes[-1].split(".") if classes else []
     operation = parts[1] if len(parts) > 1 else re.sub(r"_\d+$", "", scopes[-1])
@@ -187,7 +190,7 @@ def _scoped_layer(metadata: Mapping[str, str], leaves: Collection[str] | None) -
 
 
 def _is_layer(classes: list[str]) -> bool:
-    """Without the module at hand: whether the innermost class is one of torch's own layers."""
+    """Whether the innermost class is one of torch's own layers, which are childless for the most part."""
     return len(classes) > 1 and classes[-2].startswith("torch.nn.modules.") and ".container." not in classes[-2]
 
 
@@ -216,7 +219,7 @@ def _guessed(node: onnx.NodeProto, weights: Collection[str]) -> tuple[str, ...]:
 
 
 def _split(name: str, operator: str = "") -> tuple[str, str]:
-    """``/layer1/layer1.0/conv1/Conv_2`` as ``layer1.0.conv1`` and ``Conv``; an empty path where that is not its form."""
+    """``/layer1/layer1.0/conv1/Conv_2`` as ``layer1.0.conv1`` and ``Conv``; an empty path for any other form."""
     *scopes, last = name.strip("/").split("/")
     last = re.sub(r"_\d+$", "", last)
     # quantised forms keep the name of the operator they replace
@@ -243,8 +246,8 @@ def _served(
         before = producers.get(before.input[0])
         if before is not None and found[_name(before)]:
             return found[_name(before)]
-    after: onnx.NodeProto | None = node
-    while after is not None and after.output and _name(after) not in seen | {""}:
+    after, seen = node, set()
+    while after is not None and after.output and _name(after) not in seen:
         seen.add(_name(after))
         after = consumers.get(after.output[0])
         if after is not None and found[_name(after)]:

@@ -31,8 +31,8 @@ class Request:
 
     @cached_property
     def is_name(self) -> bool:
-        """Whether the source is a zoo name: a plain word that is no file."""
-        return isinstance(self.source, str) and self.source in ZOO and not Path(self.source).is_file()
+        """Whether the source is a zoo name; a file of that name is meant by ``./name``."""
+        return isinstance(self.source, str) and self.source in ZOO
 
     @cached_property
     def path(self) -> Path:
@@ -50,7 +50,9 @@ class Request:
             raise LoadError(f"{path} is a folder; give a file. Accepted: {', '.join(_FILES)}.")
         if not path.exists():
             if isinstance(self.source, str) and not path.suffix and path.name == self.source:
-                raise LoadError(f"There is no file {self.source!r} and no such name in the zoo. {nearest(path.name, ZOO)}")
+                raise LoadError(
+                    f"There is no file {self.source!r} and no such name in the zoo. {nearest(path.name, ZOO)}"
+                )
             raise LoadError(f"There is no file {path}. Check the path; relative ones start from {Path.cwd()}.")
         try:
             with path.open("rb") as file:
@@ -116,7 +118,8 @@ class Request:
     def not_understood(self) -> str:
         """The sentence for a source of a kind nobody reads."""
         if isinstance(self.source, type) and issubclass(self.source, nn.Module):
-            return f"{self.source.__name__} is a class; give a module made of it: wb.load({self.source.__name__}(…), inputs=…)."
+            name = self.source.__name__
+            return f"{name} is a class; give a module made of it: wb.load({name}(…), inputs=…)."
         if isinstance(self.source, (str, os.PathLike)) and str(self.source):
             return f"{self.path} is no kind of file that is known. Accepted: {', '.join(_FILES)}."
         return (

@@ -19,7 +19,9 @@ _RESHAPES = (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.defau
 _TOLERANCE = 1e-4  # of the largest output
 
 
-def module(program: ExportedProgram, example: Mapping[str, Tensor], keywords: bool) -> nn.Module:
+def module(
+    program: ExportedProgram, example: Mapping[str, Tensor], keywords: bool, classes: Mapping[str, str] | None = None
+) -> nn.Module:
     """The program as a module with the layers it was exported from.
 
     Layers of one operation become torch's own modules again, so that steps know them; the rest keep their class's name
@@ -34,17 +36,20 @@ def module(program: ExportedProgram, example: Mapping[str, Tensor], keywords: bo
         One batch of the size it was exported for, where that is fixed.
     keywords
         Whether inputs go in by keyword.
+    classes
+        What the layers' classes were called, by path; by default what the program noted.
     """
+    classes = _classes(program.graph) if classes is None else classes
     _tidy(program.graph)
     program._guards_code = []  # Python text, which torch would run
     batch, names = _fixed_batch(program), list(example)
     if batch is None:
-        return explicit(_unflattened(program), names)
-    closed = explicit(_unflattened(program), names)
+        return explicit(_unflattened(program, classes), names)
+    closed = explicit(_unflattened(program, classes), names)
     for node in program.graph.nodes:
         if node.target in _RESHAPES and node.args[1][0] == batch and -1 not in node.args[1]:
             node.update_arg(1, [-1, *node.args[1][1:]])
-    opened = explicit(_unflattened(program), names)
+    opened = explicit(_unflattened(program, classes), names)
     opened.check_input_constraints = False
     if _takes_any_batch(opened, closed, example, keywords):
         return opened
@@ -100,24 +105,23 @@ def _tidy(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def _unflattened(program: ExportedProgram) -> nn.Module:
+def _unflattened(program: ExportedProgram, classes: Mapping[str, str]) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its tree utilities
         root = unflatten(program)
-    classes = _classes(program.graph)
     for path, inner in list(root.named_modules()):
         if hasattr(inner, "_run_with_interpreter"):
             inner._run_with_interpreter = False  # the compiled graph runs several times as fast
         if isinstance(inner, InterpreterModule):
             inner.original_name = classes.get(path.split("@")[0], "Module")
-            for node in inner.graph.nodes:
-                node.meta = {}  # shapes as fake tensors, which cannot be copied
             layer = _layer(inner)
             if layer is not None:
                 parent, _, name = path.rpartition(".")
                 setattr(root.get_submodule(parent), name, layer)
-    for node in root.graph.nodes:
-        node.meta = {}
+    for inner in root.modules():
+        if isinstance(getattr(inner, "graph", None), fx.Graph):
+            for node in inner.graph.nodes:
+                node.meta = {}  # shapes as fake tensors, which cannot be copied
     return root.eval()
 
 
@@ -169,6 +173,7 @@ def _layer(inner: InterpreterModule) -> nn.Module | None:
     if build is None or arguments is None:
         return None
     given = {k: _value(inner, v, nodes[0]) for k, v in arguments.kwargs.items()}
+    given["axes"] = nodes[1].meta["val"].ndim if isinstance(nodes[1].meta.get("val"), Tensor) else 0
     layer = build(given) if given.get("input", given.get("self")) is _INPUT else None
     if layer is not None:
         for name, tensor in inner.named_buffers(recurse=False):
@@ -194,17 +199,16 @@ def _filled(layer: nn.Module, given: Mapping[str, Any]) -> nn.Module:
     return layer
 
 
-def _convolution(kind: type[nn.Module]) -> Callable[[Mapping[str, Any]], nn.Module]:
-    def build(given: Mapping[str, Any]) -> nn.Module:
-        weight, groups = given["weight"], given.get("groups", 1)
-        settings = {k: _tuple(given[k]) for k in ("stride", "padding", "dilation") if k in given}
-        layer = kind(
-            weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), **settings, groups=groups,
-            bias=given.get("bias") is not None, device="meta",
-        )  # fmt: skip
-        return _filled(layer, given)
-
-    return build
+def _convolution(given: Mapping[str, Any]) -> nn.Module | None:
+    weight, groups = given["weight"], given.get("groups", 1)
+    if given.get("transposed") or weight.ndim != given["axes"]:
+        return None
+    settings = {k: _tuple(given[k]) for k in ("stride", "padding", "dilation") if k in given}
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[weight.ndim - 3](
+        weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), **settings, groups=groups,
+        bias=given.get("bias") is not None, device="meta",
+    )  # fmt: skip
+    return _filled(layer, given)
 
 
 def _tuple(value: Any) -> Any:
@@ -219,7 +223,10 @@ def _linear(given: Mapping[str, Any]) -> nn.Module:
 def _batch_norm(given: Mapping[str, Any]) -> nn.Module | None:
     if given["training"] or not isinstance(given["running_mean"], Tensor) or not isinstance(given["weight"], Tensor):
         return None
-    layer = nn.BatchNorm2d(len(given["running_mean"]), given["eps"], given["momentum"], device="meta")
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}.get(given["axes"])
+    if kind is None:
+        return None
+    layer = kind(len(given["running_mean"]), given["eps"], given["momentum"], device="meta")
     del layer._buffers["num_batches_tracked"]
     layer.running_mean, layer.running_var = given["running_mean"], given["running_var"]
     layer.register_buffer("num_batches_tracked", torch.tensor(0))
@@ -233,15 +240,14 @@ def _max_pool(given: Mapping[str, Any]) -> nn.Module:
 
 
 _BUILDERS: dict[Any, Callable[[Mapping[str, Any]], nn.Module | None]] = {
-    _aten.conv1d.default: _convolution(nn.Conv1d),
-    _aten.conv2d.default: _convolution(nn.Conv2d),
-    _aten.conv2d.padding: _convolution(nn.Conv2d),
-    _aten.conv3d.default: _convolution(nn.Conv3d),
+    _aten.conv1d.default: _convolution,
+    _aten.conv2d.default: _convolution,
+    _aten.conv2d.padding: _convolution,
+    _aten.conv3d.default: _convolution,
+    _aten.convolution.default: _convolution,
     _aten.linear.default: _linear,
     _aten.batch_norm.default: _batch_norm,
     _aten.relu.default: lambda _: nn.ReLU(),
     _aten.relu_.default: lambda _: nn.ReLU(),
     _aten.max_pool2d.default: _max_pool,
 }
-
-

@@ -75,7 +75,9 @@ def _unpickled(request: Request) -> Any:
     with request.path.open("rb") as file:
         start = file.read(2)
     if not request.members and start[:1] != _PICKLE and start != b"PK":
-        raise LoadError(f"{request.path} is no file that torch.save wrote, whatever its name. Save or download it again.")
+        raise LoadError(
+            f"{request.path} is no file that torch.save wrote, whatever its name. Save or download it again."
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on protocols; what matters is raised
@@ -93,10 +95,10 @@ def _refusal(request: Request, code: str) -> str:
     path = str(request.path)
     target = str(request.path.with_name(f"{request.path.stem}-weights.pt"))
     command = (
-        "import torch; c = torch.load({!r}, map_location='cpu', weights_only=False); "
+        f"import torch; c = torch.load({path!r}, map_location='cpu', weights_only=False); "
         "c = c.get('state_dict', c.get('model', c)) if isinstance(c, dict) else c; "
-        "torch.save(c.state_dict() if hasattr(c, 'state_dict') else c, {!r})"
-    ).format(path, target)
+        f"torch.save(c.state_dict() if hasattr(c, 'state_dict') else c, {target!r})"
+    )
     return (
         f"{path} is a full pickle: besides weights it holds {code}, and reading it would run code of whoever made it. "
         f'If you trust the file, convert it where its classes can be imported: python -c "{command}"; then '
@@ -141,10 +143,14 @@ def _fill(module: nn.Module, state: dict[str, Tensor], request: Request) -> None
             _first(shapes, "; ") if shapes else "",
         ]
         listed = "; ".join(part for part in parts if part)
-        raise LoadError(f"{request.path} does not fit {name}: {listed}.{_guess(state) or ' Give the network it was trained as.'}")
+        raise LoadError(
+            f"{request.path} does not fit {name}: {listed}.{_guess(state) or ' Give the network it was trained as.'}"
+        )
     for key, value in state.items():
         if value.is_floating_point() != own[key].is_floating_point():
-            raise LoadError(f"{request.path} does not fit: {key} is {value.dtype} in the file, {own[key].dtype} in the network.")
+            raise LoadError(
+                f"{request.path} does not fit: {key} is {value.dtype} in the file, {own[key].dtype} in the network."
+            )
     module.load_state_dict({**own, **state})
 
 

@@ -40,6 +40,8 @@ _TARGET = re.compile(
 _EXPRESSION = re.compile(
     r"(?:(?:Symbol|Float)\('[\w.+-]*'|[a-z]+=|[A-Z][A-Za-z]*|[a-z]+\d+|int_oo|oo|\d+(?:\.\d+)?|[-+*/%(),<>=!&|~ ])*"
 )
+# comparisons of input sizes, which is what several inputs with an open batch axis leave
+_GUARD = re.compile(r"(?:L(?:\['\w+'\]|\[\d+\])+\.size\(\)\[\d+\]|\b(?:and|or|not)\b|\d+|[-+*/%()<>=! ])*")
 _PLAIN = re.compile(r"[^\"\\\n\r()]*")
 _FREE_TEXT = {"stack_trace", "from_node", "source_fn_stack", "torch_fn", "doc_string", "in_spec", "out_spec"}
 
@@ -78,7 +80,9 @@ def _example(program: ExportedProgram, request: Request) -> tuple[dict[str, Tens
     if request.inputs is not None:
         given = request.inputs
         if isinstance(given, dict) and set(given) != set(names):
-            raise LoadError(f"{request.path} takes the inputs {', '.join(names)}; {', '.join(map(str, given))} are given.")
+            raise LoadError(
+                f"{request.path} takes the inputs {', '.join(names)}; {', '.join(map(str, given))} are given."
+            )
         listed = [given[name] for name in names] if isinstance(given, dict) else given
         listed = list(listed) if isinstance(listed, (tuple, list)) else [listed]
         if len(listed) != len(names):
@@ -112,12 +116,13 @@ def _check_archive(request: Request) -> None:
         except (zipfile.BadZipFile, ValueError, OSError) as error:
             raise request.damaged(error) from error
     for key, text in _strings(program):
-        rule = _TARGET if key == "target" else _EXPRESSION if key == "expr_str" else _PLAIN
+        rule = {"target": _TARGET, "expr_str": _EXPRESSION, "guards_code": _GUARD}.get(key, _PLAIN)
         unsafe = "default_factory" in text if key in _FREE_TEXT else not rule.fullmatch(text)
         if unsafe:
             raise LoadError(
-                f"{request.path} is refused: its {key} {text[:60]!r} is no part of a network that torch.export writes, and "
-                "reading it could run code. Export the module again, or save its weights: torch.save(module.state_dict(), …)."
+                f"{request.path} is refused: its {key} {text[:60]!r} is no part of a network that torch.export writes, "
+                "and reading it could run code. Export the module again, or save its weights: "
+                "torch.save(module.state_dict(), …)."
             )
 
 

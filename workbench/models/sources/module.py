@@ -59,4 +59,3 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return _unwrapped(module.module)
     return _unwrapped(module._orig_mod) if hasattr(module, "_orig_mod") else module
-

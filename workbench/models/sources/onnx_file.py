@@ -22,6 +22,11 @@ from workbench.models.sources._base import Request
 TITLE = "An ONNX file"
 OPTIONS = {"inputs"}
 
+_TYPED = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+# several numbers in one stored, or one in several
+_PACKED = {
+    TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1, TensorProto.COMPLEX64, TensorProto.COMPLEX128
+}  # fmt: skip
 _EXAMPLES = 2  # samples of the example made up for an open batch axis
 
 
@@ -86,13 +91,20 @@ def _check_sizes(graph: onnx.ModelProto, request: Request) -> None:
         try:
             wanted = _bytes(tensor)
         except KeyError:
-            raise LoadError(f"{request.path}: tensor {tensor.name} is of the unknown type {tensor.data_type}.") from None
+            raise LoadError(
+                f"{request.path}: tensor {tensor.name} is of the unknown type {tensor.data_type}."
+            ) from None
         if wanted is None or tensor.data_location == TensorProto.EXTERNAL:
             continue
-        if tensor.HasField("raw_data") and len(tensor.raw_data) != wanted:
+        if tensor.HasField("raw_data"):
+            held, unit = len(tensor.raw_data), "bytes"
+        else:
+            held, unit = max(len(getattr(tensor, field)) for field in _TYPED), "numbers"
+            wanted = math.prod(tensor.dims) if tensor.data_type not in _PACKED else held
+        if held != wanted:
             raise LoadError(
-                f"{request.path}: tensor {tensor.name} has shape {tuple(tensor.dims)}, which takes {wanted:,} bytes, "
-                f"but the file holds {len(tensor.raw_data):,}. Save or download it again."
+                f"{request.path}: tensor {tensor.name} has shape {tuple(tensor.dims)}, which takes {wanted:,} {unit}, "
+                f"but the file holds {held:,}. Save or download it again."
             )
 
 
@@ -121,9 +133,10 @@ def _load_external(graph: onnx.ModelProto, request: Request) -> None:
             raise request.damaged(f"offset or length of {tensor.name} is no number") from None
         wanted = _bytes(tensor)
         if offset < 0 or length != wanted or offset + length > file.stat().st_size:
+            held = max(0, min(length, file.stat().st_size - offset))
             raise LoadError(
                 f"{request.path}: tensor {tensor.name} of shape {tuple(tensor.dims)} takes {wanted} bytes, but "
-                f"{location!r} has {max(0, min(length, file.stat().st_size - offset))} for it. Save or download both again."
+                f"{location!r} has {held} for it. Save or download both again."
             )
     if outside:
         load_external_data_for_model(graph, str(folder))
@@ -170,10 +183,13 @@ def _name_nodes(graph: onnx.ModelProto) -> None:
 def _shape(value: onnx.ValueInfoProto, request: Request) -> list[int | None] | None:
     kind = value.type.WhichOneof("value")
     if kind != "tensor_type":
-        raise LoadError(f"{request.path}: input {value.name} is a {(kind or 'value').removesuffix('_type')}; only tensors can be given.")
+        kind = (kind or "value").removesuffix("_type")
+        raise LoadError(f"{request.path}: input {value.name} is a {kind}; only tensors can be given.")
     if not value.type.tensor_type.HasField("shape"):
         return None
-    return [d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in value.type.tensor_type.shape.dim]
+    return [
+        d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else None for d in value.type.tensor_type.shape.dim
+    ]
 
 
 def _dtype(value: onnx.ValueInfoProto, request: Request) -> torch.dtype:
@@ -184,7 +200,9 @@ def _dtype(value: onnx.ValueInfoProto, request: Request) -> torch.dtype:
         return torch.from_numpy(np.zeros(1, helper.tensor_dtype_to_np_dtype(kind))).dtype
     except (KeyError, TypeError):
         name = TensorProto.DataType.Name(kind).lower()
-        raise LoadError(f"{request.path}: input {value.name} is of type {name}, which no tensor here can hold.") from None
+        raise LoadError(
+            f"{request.path}: input {value.name} is of type {name}, which no tensor here can hold."
+        ) from None
 
 
 def _made_up(request: Request, declared: list[onnx.ValueInfoProto]) -> dict[str, Tensor]:
@@ -215,7 +233,9 @@ def _given(request: Request, declared: list[onnx.ValueInfoProto]) -> dict[str, T
     if not isinstance(given, dict):
         listed = list(given) if isinstance(given, (tuple, list)) else [given]
         if len(listed) != len(names):
-            raise LoadError(f"{request.path} takes {len(names)} inputs ({', '.join(names)}), but {len(listed)} are given.")
+            raise LoadError(
+                f"{request.path} takes {len(names)} inputs ({', '.join(names)}), but {len(listed)} are given."
+            )
         given = dict(zip(names, listed, strict=True))
     for name in given:
         if name not in names:
@@ -223,7 +243,9 @@ def _given(request: Request, declared: list[onnx.ValueInfoProto]) -> dict[str, T
     example = {}
     for value in declared:
         if value.name not in given:
-            raise LoadError(f"{request.path} also takes the input {value.name!r}; give inputs= all of {', '.join(names)}.")
+            raise LoadError(
+                f"{request.path} also takes the input {value.name!r}; give inputs= all of {', '.join(names)}."
+            )
         tensor = inputs.tensor(given[value.name], f"inputs[{value.name!r}]")
         shape, dtype = _shape(value, request), _dtype(value, request)
         fits = shape is None or (

@@ -11,11 +11,13 @@ OPTIONS = {"weights"}
 
 
 def fits(request: Request) -> bool:
-    """A name in `zoo.ZOO`; a file of that name goes first."""
+    """A name in `zoo.ZOO`."""
     return request.is_name
 
 
 def read(request: Request) -> Model:
     """The network with shipped or random weights."""
     module, weights = zoo.trained(request.source, request.weights)
-    return Model(request.name or request.source, zoo.example(request.source), module=module, source="zoo", weights=weights)
+    return Model(
+        request.name or request.source, zoo.example(request.source), module=module, source="zoo", weights=weights
+    )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import pairwise
 
 from torch import nn
 
 
 def _dense(*widths: int) -> nn.Sequential:
     parts: list[tuple[str, nn.Module]] = [("flatten", nn.Flatten())]
-    for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+    for i, (inputs, outputs) in enumerate(pairwise(widths), start=1):
         parts.append((f"fc{i}", nn.Linear(inputs, outputs)))
         if outputs != widths[-1]:
             parts.append((f"relu{i}", nn.ReLU()))

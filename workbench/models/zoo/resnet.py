@@ -1,4 +1,4 @@
-"""ResNets for CIFAR-10 with option-A shortcuts; keys as in the public checkpoints of `akamaster/pytorch_resnet_cifar10`."""
+"""ResNets for CIFAR-10 with option-A shortcuts; keys as in the checkpoints of `akamaster/pytorch_resnet_cifar10`."""
 
 from __future__ import annotations
 

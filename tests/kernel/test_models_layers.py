@@ -1,0 +1,187 @@
+"""Layer tables: shapes, parameters and multiply-accumulates, of modules and of graphs."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn import functional
+
+import workbench as wb
+from workbench.errors import LoadError
+from workbench.models import layers
+
+
+def rows(model: wb.Model) -> dict[str, tuple]:
+    return {row.layer: (row.type, row.parameters, row.macs) for row in model.layers.itertuples()}
+
+
+def test_table_lists_leaf_modules_in_execution_order_with_their_shapes():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.Sequential(nn.ReLU(), nn.Flatten()), nn.Linear(36, 2))
+    table = wb.load(network, inputs=torch.rand(5, 3, 8, 8)).layers
+    assert list(table.columns) == layers.COLUMNS
+    assert list(table["layer"]) == ["0", "1.0", "1.1", "2"]
+    assert list(table["input_shape"]) == [(3, 8, 8), (4, 3, 3), (4, 3, 3), (36,)]
+    assert list(table["output_shape"]) == [(4, 3, 3), (4, 3, 3), (36,), (2,)]
+    assert list(table["macs"]) == [9 * 4 * 27, 0, 0, 72]
+    assert list(table["parameters"]) == [4 * 27 + 4, 0, 0, 74]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_macs_are_those_of_one_sample_whatever_the_example(batch: int):
+    assert wb.load(nn.Conv1d(2, 6, 5, groups=2), inputs=torch.rand(batch, 2, 9)).macs == 5 * 6 * 5
+
+
+def test_grouped_and_transposed_convolutions_count_the_products_they_make():
+    x = torch.rand(1, 4, 5, 5)
+    assert wb.load(nn.Conv2d(4, 8, 3, groups=4), inputs=x).macs == 9 * 8 * 9
+    assert wb.load(nn.ConvTranspose2d(4, 8, 2, stride=2), inputs=x).macs == 25 * 4 * 8 * 4
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.fc(x))
+
+
+def test_layer_called_twice_has_two_rows_and_its_parameters_once():
+    model = wb.load(Twice(), inputs=torch.rand(2, 3))
+    assert list(model.layers["layer"]) == ["fc", "fc"]
+    assert list(model.layers["parameters"]) == [12, 0]
+    assert model.macs == 18
+
+
+class Written(nn.Module):
+    """A matrix product and a weight that belong to no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(self.act(x * self.scale)[:, :, None], x[:, None]).sum(2)
+
+
+def test_work_outside_any_layer_is_a_row_of_the_module_around_it():
+    model = wb.load(nn.Sequential(Written(), nn.Linear(3, 1)), inputs=torch.rand(2, 3), name="net")
+    assert rows(model) == {"0.act": ("ReLU", 0, 0), "0": ("Written", 3, 9), "1": ("Linear", 4, 3)}
+
+
+def test_attention_is_counted_in_full():
+    width, length = 8, 5
+    model = wb.load(nn.TransformerEncoderLayer(width, 2, 16, batch_first=True), inputs=torch.rand(2, length, width))
+    projections, scores = 4 * length * width * width, 2 * length * length * width
+    assert rows(model)["self_attn"] == ("MultiheadAttention", 4 * width * width + 4 * width, projections + scores)
+    assert model.layers["parameters"].sum() == model.parameters
+
+
+def test_fused_attention_of_the_cpu_is_counted():
+    class Attend(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.scaled_dot_product_attention(x, x, x)
+
+    assert wb.load(Attend(), inputs=torch.rand(2, 1, 6, 8)).macs == 2 * 6 * 6 * 8
+
+
+def test_tables_of_every_kind_of_module_add_up_to_its_parameters():
+    class Ids(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.rnn, self.head = nn.Embedding(9, 4), nn.GRU(4, 6, batch_first=True), nn.Linear(6, 9)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.rnn(self.table(ids))[0][:, -1])
+
+    model = wb.load(Ids(), inputs=torch.zeros(2, 7, dtype=torch.int64))
+    assert model.layers["parameters"].sum() == model.parameters
+    assert rows(model)["rnn"][2] == 7 * 3 * 6 * (4 + 6)
+
+
+def test_looking_at_layers_leaves_no_hook_behind():
+    model = wb.load("lenet5")
+    assert len(model.layers) == 12
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.module.modules())
+
+
+def test_failure_half_way_names_the_layer():
+    model = wb.load(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), inputs=torch.rand(2, 3), name="net")
+    model.module[1] = nn.Linear(5, 2)
+    with pytest.raises(LoadError, match=r"net fails in layer 1 \(Linear\)"):
+        model.layers  # noqa: B018
+
+
+# graphs
+
+
+@pytest.mark.parametrize("name", ["lenet5", "resnet20"])
+def test_graph_table_agrees_with_the_modules(name: str):
+    model = wb.load(name)
+    graph = layers.graph_table(model.onnx()).set_index("layer")
+    module = model.layers.set_index("layer")
+    working = module[module["macs"] > 0]
+    assert (graph.loc[working.index, "macs"] == working["macs"]).all()
+    assert list(graph.loc[working.index, "output_shape"]) == list(working["output_shape"])
+    assert graph["macs"].sum() == model.macs
+
+
+def graph_of(nodes: list[onnx.NodeProto], shape: list, weights: dict[str, np.ndarray], opset: int = 20) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+SCALE, ZERO, WEIGHT = np.float32(0.1), np.uint8(0), np.zeros((4, 3, 3, 3), np.int8)
+
+
+def test_quantised_graph_counts_its_products_and_its_int8_weights():
+    weights = {"s": SCALE, "z": ZERO, "zw": np.int8(0), "w": WEIGHT, "b": np.zeros(4, np.float32)}
+    graph = graph_of(
+        [
+            helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], name="q"),
+            helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"], name="d"),
+            helper.make_node("DequantizeLinear", ["w", "s", "zw"], ["dw"], name="dw"),
+            helper.make_node("Conv", ["d", "dw", "b"], ["y"], name="conv1/Conv"),
+        ],
+        [None, 3, 8, 8],
+        weights,
+    )
+    table = layers.graph_table(graph)
+    assert list(table["layer"]) == ["conv1"]
+    assert list(table["macs"]) == [36 * 4 * 27]
+    assert table["parameters"].sum() == layers.graph_parameters(graph) == 4 * 27 + 4
+
+
+def test_integer_operators_count_their_products():
+    weights = {"s": SCALE, "z": ZERO, "w": np.zeros((6, 4), np.int8)}
+    graph = graph_of(
+        [
+            helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "qs", "qz"], name="q"),
+            helper.make_node("MatMulInteger", ["q", "w", "qz"], ["i"], name="fc/MatMul_quant"),
+            helper.make_node("Cast", ["i"], ["y"], name="cast", to=TensorProto.FLOAT),
+        ],
+        ["N", 6],
+        weights,
+    )
+    table = layers.graph_table(graph).set_index("type")
+    assert table.loc["MatMulInteger", "macs"] == 24
+    assert table.loc["MatMulInteger", "layer"] == "fc"
+    assert table["parameters"].sum() == 24
+
+
+def test_axis_of_unknown_length_counts_nothing_until_it_is_known():
+    graph = graph_of([helper.make_node("MatMul", ["x", "w"], ["y"])], ["N", "T", 6], {"w": np.ones((6, 4), np.float32)})
+    assert layers.graph_table(graph)["macs"].sum() == 0
+    assert list(layers.graph_table(graph)["output_shape"]) == [(None, 4)]
+    assert layers.graph_table(graph, {"x": (2, 5, 6)})["macs"].sum() == 5 * 24

@@ -1,0 +1,87 @@
+"""The zoo: our own networks, their shapes and their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import workbench as wb
+from workbench.errors import LoadError
+from workbench.models import zoo
+
+PARAMETERS = {
+    "lenet5": 61_706,
+    "lenet300": 266_610,
+    "mlp": 101_770,
+    "cifarnet": 62_006,
+    "resnet20": 269_722,
+    "resnet32": 464_154,
+    "resnet44": 658_586,
+    "resnet56": 853_018,
+}
+
+
+def test_every_network_is_covered_here():
+    assert PARAMETERS.keys() == zoo.ZOO.keys()
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_network_has_its_published_size_and_gives_ten_logits(name: str):
+    model = wb.load(name)
+    assert model.parameters == PARAMETERS[name]
+    with torch.no_grad():
+        assert model.run_module(*model.example.values()).shape == (2, 10)
+    assert not any(module.training for module in model.module.modules())
+    assert model.inputs[0].shape == (None, *zoo.ZOO[name].shape)
+
+
+@pytest.mark.parametrize(("name", "macs"), [("lenet5", 416_520), ("cifarnet", 651_720), ("resnet20", 40_551_040)])
+def test_network_costs_what_its_layers_cost_by_hand(name: str, macs: int):
+    # lenet5: 28² · 6 · 25 + 10² · 16 · 150 + 400 · 120 + 120 · 84 + 84 · 10
+    assert wb.load(name).macs == macs
+
+
+@pytest.mark.parametrize("name", [n for n, entry in zoo.ZOO.items() if entry.trained_on == "digits"])
+def test_shipped_weights_classify_the_digits(name: str, digits: wb.Task):
+    model = wb.load(name)
+    assert model.weights == "digits"
+    x = torch.from_numpy(digits.inputs("test", digits.count("test"))[0])
+    with torch.no_grad():
+        right = (model.module(x).argmax(1).numpy() == digits.labels("test")).mean()
+    assert right >= 0.96
+
+
+def test_shipped_weights_stay_small():
+    folder = Path(zoo.__file__).parent / "weights"
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 900_000
+
+
+def test_network_without_shipped_weights_says_it_is_random():
+    assert wb.load("resnet20").weights == "random (seed 0)"
+    assert wb.load("lenet5", weights="random").weights == "random (seed 0)"
+
+
+def test_random_weights_are_the_same_each_time_and_not_the_shipped_ones():
+    one, other = wb.load("lenet5", weights="random"), wb.load("lenet5", weights="random")
+    assert one.fingerprint == other.fingerprint != wb.load("lenet5").fingerprint
+
+
+@pytest.mark.parametrize("name", ["lenet5", "resnet20"])
+def test_loading_leaves_the_global_random_state_alone(name: str):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    wb.load(name)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_unknown_weights_name_those_there_are():
+    with pytest.raises(LoadError, match=r"no weights 'imagenet'.*Accepted: digits, random"):
+        wb.load("lenet5", weights="imagenet")
+
+
+def test_mistyped_name_is_answered_with_the_nearest():
+    with pytest.raises(LoadError, match=r"Did you mean 'lenet5'\?"):
+        wb.load("lenet6")
