@@ -1,7 +1,7 @@
 """Signals and clicks run one after another on one drawing thread, and their errors are shown.
 
-A click arrives on the kernel's main thread or, since JupyterLab sends widget messages to subshells, on another; a
-signal arrives on the job's worker. One thread of our own takes them all in order: no two handlers meet, a handler that
+A click arrives on the kernel's main thread or, since JupyterLab sends widget messages to a subshell, on another; a
+signal arrives on the worker of a job. One thread of our own takes them all in order: no two handlers meet, one that
 waits for the kernel's lock holds up neither cell nor worker, and Cancel answers while a cell is busy.
 """
 
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ipywidgets import Widget
 from psygnal import SignalInstance
 
 
@@ -61,6 +62,15 @@ def flush(timeout_s: float = 60.0) -> None:
     _DRAWER.post(done.set)
     if not done.wait(timeout_s):
         raise TimeoutError(f"the panels have not finished drawing after {timeout_s} s.")
+
+
+def heard_while_busy(widget: Widget) -> None:
+    """Let what the page says of `widget` be heard while a cell runs, where JupyterLab sends it to a subshell.
+
+    ipykernel 7.4 sends it back to the thread that created the widget instead, which is the one that is busy. That
+    serves handlers that are not safe on another thread; ours all run on the drawing thread.
+    """
+    widget.comm._reply_subshell_for = lambda data, asked_for: asked_for
 
 
 class Bindings:

@@ -7,7 +7,7 @@ from weakref import WeakSet
 
 import ipywidgets as W
 
-from widgets._bind import Bindings
+from widgets._bind import Bindings, heard_while_busy
 from widgets._errors import Notices
 from workbench import formatting as fmt
 from workbench import jobs
@@ -25,6 +25,7 @@ class JobBar(W.HBox):
         self.cancel = W.Button(
             description="Cancel", tooltip="Stop the running job; what is done is kept", disabled=True
         )
+        heard_while_busy(self.cancel)
         super().__init__([self.words, self.share, self.cancel])
         self.add_class("wb-jobs")
         self.words.add_class("wb-jobs-words")

@@ -80,6 +80,8 @@ class Panel(WithFallback):
         self.children = (*alone, heading, *bar, *self._build(), *([] if within else [self.notices]))
         self.add_class("wb-panel")
         self._listen()
+        if not within:
+            self.come_into_view()
 
     def _build(self) -> list[W.Widget]:
         """The controls and views, top down, already filled."""
@@ -87,6 +89,9 @@ class Panel(WithFallback):
 
     def _listen(self) -> None:
         """Connect to the signals and controls; called last, when everything they touch is there."""
+
+    def come_into_view(self) -> None:
+        """Make what is too heavy to make unseen; called when the panel is shown, the first time and again."""
 
     def on(self, widget: W.Widget, name: str, function: Any, doing: str) -> None:
         """Call `function()` when a trait of a control changes."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as W
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
+    from plotly.graph_objects import Figure, FigureWidget
 
 MIME = "application/vnd.plotly.v1+json"
 _CONFIG = {
@@ -43,7 +43,10 @@ class Plot(W.Output):
 
 
 class ClickPlot(W.VBox):
-    """A figure whose points can be clicked.
+    """A figure whose points can be clicked; its widget is made by `load`, on which plotly's own 5 MB go to the page.
+
+    Sent with everything else, they would hold up the other widgets, and one that is not there within two seconds
+    anywidget gives up.
 
     Parameters
     ----------
@@ -54,22 +57,28 @@ class ClickPlot(W.VBox):
     """
 
     def __init__(self, points: str, height_px: int):
-        from plotly.graph_objects import FigureWidget
-
         self._points = points
         self._clicked: list[Callable[[Any], None]] = []
-        self.figure = FigureWidget()
-        self.figure._config = _CONFIG
-        super().__init__([self.figure], layout=W.Layout(height=f"{height_px}px", overflow="hidden"))
+        self.figure: FigureWidget | None = None
+        super().__init__(layout=W.Layout(height=f"{height_px}px", overflow="hidden"))
         self.add_class("wb-chart")
         self.add_class("wb-filled")
+
+    def load(self) -> None:
+        """Make the widget, still empty; nothing where it is made already."""
+        from plotly.graph_objects import FigureWidget
+
+        if self.figure is None:
+            self.figure = FigureWidget()
+            self.figure._config = _CONFIG
+            self.children = (self.figure,)
 
     def on_click(self, function: Callable[[Any], None]) -> None:
         """Call `function` with the customdata of each point that is clicked."""
         self._clicked.append(function)
 
     def show(self, figure: Figure) -> None:
-        """Show `figure` instead of the one before; the reader's zoom stays."""
+        """Show `figure` instead of the one before; the reader's zoom stays. Only after `load`."""
         widget = self.figure
         figure.layout.height = None  # a height that is set would make plotly fix the width too
         with widget.batch_update():
@@ -84,8 +93,3 @@ class ClickPlot(W.VBox):
         for index in points.point_inds:
             for function in self._clicked:
                 function(trace.customdata[index])
-
-    def close(self) -> None:
-        """Close the chart with its box."""
-        self.figure.close()
-        super().close()

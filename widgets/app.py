@@ -57,6 +57,8 @@ class Workbench(WithFallback):
             widget.add_class(f"wb-{name}")
         self._count()
         self.bindings.connect(study.added, lambda _candidate: self._count(), "Counting the candidates")
+        self.tabs.observe(self.bindings.handler(lambda _change: self._turned(), "Showing the panel"), "selected_index")
+        self._turned()
 
     def __getitem__(self, title: str) -> Panel:
         """The panel of that title: ``app["Compare"]``."""
@@ -65,6 +67,9 @@ class Workbench(WithFallback):
     def show(self, title: str) -> None:
         """Bring the panel of that title to the front."""
         self.tabs.selected_index = self.panels.index(self[title])
+
+    def _turned(self) -> None:
+        self.panels[self.tabs.selected_index or 0].come_into_view()
 
     def _count(self) -> None:
         number = len(self.study.candidates)

@@ -85,7 +85,8 @@ def _demo(options: argparse.Namespace) -> None:
         _run_all(study, list(demo.recipes()))
         print(f"\n{results(study)}\n")
         best = study.best(max_drop=0.01)
-        print(f"Fastest within one point of accuracy: candidate {best.number}, {best.label} on {best.recipe.backend_label}")
+        where = f"{best.label} on {best.recipe.backend_label}"
+        print(f"Fastest within one point of accuracy: candidate {best.number}, {where}")
         print(f"Report: {report.write(study, options.report)}")
 
 
@@ -140,7 +141,14 @@ def _profile(options: argparse.Namespace) -> None:
     frame = taken.frame()
     print(repr(taken)[1:-1])
     lines = [
-        (row.layer or row.name, row.type, fmt.significant(row.latency_ms), fmt.share(row.share), fmt.count(row.macs), fmt.count(row.parameters))
+        (
+            row.layer or row.name,
+            row.type,
+            fmt.significant(row.latency_ms),
+            fmt.share(row.share),
+            fmt.count(row.macs),
+            fmt.count(row.parameters),
+        )
         for row in frame.itertuples()
     ]
     print(_columns(("layer", "type", "latency, ms", "share", "MACs", "parameters"), lines, left=2))
@@ -164,7 +172,9 @@ def _lab(options: argparse.Namespace) -> None:
     from jupyterlab.labapp import main as jupyter_lab
 
     notebooks = Path(__file__).parent.parent / "notebooks"
-    if not (notebooks / "00_start.ipynb").exists():  # installed from a wheel: the copy inside the package stays as it is
+    if not (
+        notebooks / "00_start.ipynb"
+    ).exists():  # installed from a wheel: the copy inside the package stays as it is
         bundled, notebooks = Path(__file__).parent / "notebooks", Path.cwd() / "workbench-notebooks"
         if not notebooks.exists():
             shutil.copytree(bundled, notebooks)
@@ -172,9 +182,7 @@ def _lab(options: argparse.Namespace) -> None:
 
 
 def _doctor(_: argparse.Namespace) -> None:
-    lines = [
-        (row.name, "yes" if row.usable else "no", row.why or "", row.command or "") for row in doctor.doctor()
-    ]
+    lines = [(row.name, "yes" if row.usable else "no", row.why or "", row.command or "") for row in doctor.doctor()]
     print(_columns(("backend", "usable", "why not", "to enable it"), lines, left=4))
 
 
@@ -201,7 +209,10 @@ def results(study: Study) -> str:
         ("*" if c.number in front else "", *row)
         for c, row in zip(study.candidates, report.rows(study.candidates), strict=True)
     ]
-    return _columns(("", *report.HEADER), lines, left=4) + "\n* on the front of accuracy against latency"
+    notes = ["* on the front of accuracy against latency"]
+    if any(c.measurement.contended for c in study.candidates):
+        notes.append(report.BUSY)
+    return "\n".join([_columns(("", *report.HEADER), lines, left=4), *notes])
 
 
 def _columns(header: Sequence[str], lines: Sequence[Sequence[str]], *, left: int) -> str:
@@ -209,6 +220,8 @@ def _columns(header: Sequence[str], lines: Sequence[Sequence[str]], *, left: int
     table = [tuple(header), *map(tuple, lines)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     return "\n".join(
-        "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in table
     )

@@ -31,7 +31,8 @@ _BLOCK_S = 0.02  # a block lasts this long, or MIN_CALLS calls if they are slowe
 _SETTLE_S = 0.006  # thread pools of the engine before still spin for some milliseconds: run this long uncounted
 _MIN_CALLS = 3
 _RESAMPLES = 1000
-_CONTENDED = 0.25  # spread of block medians (interquartile over median) past which a measurement is marked
+_SCATTER = 0.25  # spread of block medians (interquartile over median) past which a measurement is marked
+_OTHERS = 0.2  # cores that other processes kept busy meanwhile, past which it is marked
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Latency:
     blocks_ms
         Median of each block, in the order taken: what ratios are computed from.
     contended
-        Whether the blocks scatter so much that something else was using the machine.
+        Whether something else was using the machine: other processes kept more than a fifth of a core busy, or the
+        blocks scatter. Threads of one operation wait for each other, so that a busy neighbour can slow them tenfold.
     """
 
     median_ms: float
@@ -142,6 +144,7 @@ def latency(
     for call in calls:
         call()
     begin = time.perf_counter()
+    others = _OtherProcesses()
     done = 0
     # the collector would stop one side's call in the middle; it runs between blocks instead
     enabled = gc.isenabled()
@@ -157,7 +160,26 @@ def latency(
     finally:
         if enabled:
             gc.enable()
-    return [_summary(side) for side in samples]
+    busy = others.cores() > _OTHERS
+    return [_summary(side, busy) for side in samples]
+
+
+class _OtherProcesses:
+    """How many cores everything but this process keeps busy, the hypervisor's share included."""
+
+    def __init__(self) -> None:
+        self._start = self._used()
+
+    def cores(self) -> float:
+        """Mean since this object was made; NaN, which is above nothing, for too short a time to tell."""
+        now, everyone, mine = (b - a for a, b in zip(self._start, self._used(), strict=True))
+        return (everyone - mine) / now if now >= 0.1 else math.nan
+
+    @staticmethod
+    def _used() -> tuple[float, float, float]:
+        times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        busy = sum(getattr(times, kind, 0.0) for kind in ("user", "system", "irq", "softirq", "steal"))
+        return time.perf_counter(), busy, own.user + own.system
 
 
 def _block(call: Callable[[], Any]) -> np.ndarray:
@@ -175,7 +197,7 @@ def _block(call: Callable[[], Any]) -> np.ndarray:
     return np.asarray(times) * 1e3
 
 
-def _summary(blocks: list[np.ndarray]) -> Latency:
+def _summary(blocks: list[np.ndarray], busy: bool) -> Latency:
     medians = np.array([np.median(b) for b in blocks])
     everything = np.concatenate(blocks)
     low, high = bootstrap_median(medians)
@@ -185,7 +207,7 @@ def _summary(blocks: list[np.ndarray]) -> Latency:
         p95_ms=float(np.percentile(everything, 95)),
         interval_ms=(low, high),
         blocks_ms=tuple(float(m) for m in medians),
-        contended=bool((quartiles[1] - quartiles[0]) / np.median(medians) > _CONTENDED),
+        contended=busy or bool((quartiles[1] - quartiles[0]) / np.median(medians) > _SCATTER),
     )
 
 

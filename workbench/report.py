@@ -57,6 +57,7 @@ def html(study: Study) -> str:
         f'<div class="chart">{chart.to_html(full_html=False, include_plotlyjs=True)}</div>',
         "<h2>Candidates</h2>",
         _table(study.candidates, set(frame.loc[frame["pareto"], "candidate"])),
+        f"<p>{BUSY}</p>" if frame["contended"].any() else "",
         "<h2>Recipes</h2>",
         *(_recipe(c) for c in study.candidates),
         "<h2>Environment</h2>",
@@ -65,7 +66,8 @@ def html(study: Study) -> str:
     title = escape(study.name)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="generator" content="inference-workbench"><style>{_STYLE}</style></head><body>{"".join(parts)}</body></html>'
+        f'<meta name="generator" content="inference-workbench"><style>{_STYLE}</style></head>'
+        f"<body>{''.join(parts)}</body></html>"
     )
 
 
@@ -81,7 +83,7 @@ def rows(candidates: list[Candidate]) -> list[tuple[str, ...]]:
                 c.recipe.backend_label,
                 fmt.accuracy(m.accuracy, unit=False),
                 fmt.plus_minus(m.accuracy, m.accuracy_interval, 100),
-                fmt.milliseconds(m.latency_ms, unit=False),
+                ("~" if m.contended else "") + fmt.milliseconds(m.latency_ms, unit=False),
                 fmt.plus_minus(m.latency_ms, m.latency_interval_ms, digits=3),
                 fmt.factor(m.speedup),
                 fmt.significant(m.throughput_per_s),
@@ -107,10 +109,13 @@ HEADER = (
 )
 
 
+BUSY = "~ timed while other processes kept the machine busy: run again when it is quiet"
+
+
 def _table(candidates: list[Candidate], front: set[int]) -> str:
     head = "".join(f"<th>{escape(h)}</th>" for h in HEADER)
     body = "".join(
-        f'<tr{" class=front" if c.number in front else ""}>' + "".join(f"<td>{escape(x)}</td>" for x in row) + "</tr>"
+        f"<tr{' class=front' if c.number in front else ''}>" + "".join(f"<td>{escape(x)}</td>" for x in row) + "</tr>"
         for c, row in zip(candidates, rows(candidates), strict=True)
     )
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

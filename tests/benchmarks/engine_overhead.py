@@ -83,9 +83,8 @@ def main() -> int:
     model, task = materials()
     int8 = wb.Quantize("int8").apply(model, task)
     missed = False
-    for backend, kind in (
-        (wb.Eager(), model), (wb.OnnxRuntime(), model), (wb.OnnxRuntime(), int8), (wb.OpenVINO(), model), (wb.OpenVINO(), int8),
-    ):  # fmt: skip
+    engines = (wb.OnnxRuntime(), wb.OpenVINO())
+    for backend, kind in ((wb.Eager(), model), *((engine, kind) for engine in engines for kind in (model, int8))):
         if not backend.availability().usable:
             print(f"left out: {backend.label}: {backend.availability().why}")
             continue

@@ -42,7 +42,9 @@ def main() -> int:
     targets = [(f"{c.recipe.backend_label}: fp32 accuracy is 91.73 %", c.measurement.accuracy == 0.9173) for c in fp32]
     for c in int8:
         m = c.measurement
-        targets.append((f"{c.recipe.backend_label}: int8 accuracy {m.accuracy:.2%} is at least 91.60 %", m.accuracy >= 0.916))
+        targets.append(
+            (f"{c.recipe.backend_label}: int8 accuracy {m.accuracy:.2%} is at least 91.60 %", m.accuracy >= 0.916)
+        )
         targets.append((f"{c.recipe.backend_label}: int8 is {m.speedup:.1f} x eager, at least 5", m.speedup >= 5))
     for words, holds in targets:
         print("holds " if holds else "MISSED", words)

@@ -1,6 +1,6 @@
 """What the spine may cost: the demo's time and memory, and a repeated run.
 
-    python tests/benchmarks/spine.py
+python tests/benchmarks/spine.py
 """
 
 from __future__ import annotations

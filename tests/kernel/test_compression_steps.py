@@ -83,7 +83,7 @@ def test_a_recipe_that_names_what_is_not_there_is_told_what_is(data, words):
         (lambda: wb.Prune(0.5, structured="yes"), ["structured is 'yes'", "True or False"]),
         (lambda: wb.Quantize("int4"), ["precision 'int4'", "bf16, fp16, int8"]),
         (lambda: wb.Quantize("int8", mode="QAT"), ["mode 'QAT'", "dynamic, static"]),
-        (lambda: wb.Quantize("bf16", mode="dynamic"), ["settings of \"int8\""]),
+        (lambda: wb.Quantize("bf16", mode="dynamic"), ['settings of "int8"']),
         (lambda: wb.Finetune(epochs=0), ["epochs is 0", "at least 1"]),
         (lambda: wb.Finetune(epochs=1.5), ["epochs is 1.5"]),
         (lambda: wb.Finetune(learning_rate=0), ["learning_rate is 0", "above 0"]),

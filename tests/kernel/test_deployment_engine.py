@@ -139,7 +139,7 @@ def test_an_index_out_of_range_is_a_data_error(backend: wb.Backend):
     model = wb.load(Lookup(), inputs=torch.zeros(2, 4, dtype=torch.int64), name="lookup")
     with backend.compile(model) as engine:
         assert engine(np.full((3, 4), 9)).shape == (3, 3)
-        with pytest.raises(DataError, match="lookup on .* could not run this batch"):
+        with pytest.raises(DataError, match=r"lookup on .* could not run this batch"):
             engine(np.full((3, 4), 99))
 
 
@@ -248,6 +248,19 @@ def test_a_graph_runs_without_its_module(lenet: wb.Model):
     for backend in QUICK[1:]:
         with backend.compile(graph) as engine:
             np.testing.assert_allclose(engine(x), reference(lenet, x).numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_takes_and_gives_float32_wherever_it_runs(lenet: wb.Model, digits: wb.Task, precision: str):
+    x, half = images(2), wb.Quantize(precision).apply(lenet, digits)
+    for backend in QUICK if precision == "fp16" else (QUICK[0], QUICK[2]):
+        with backend.compile(half) as engine:
+            assert (engine.precision, engine.inputs[0].dtype, engine.outputs[0].dtype) == (
+                precision,
+                "float32",
+                "float32",
+            )
+            np.testing.assert_allclose(engine(x), reference(lenet, x).numpy(), atol=0.2)
 
 
 def graph_of(op: str, domain: str = "") -> wb.Model:

@@ -11,7 +11,15 @@ from workbench import formatting as fmt
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.13149, "0.131"), (0.9996, "1.00"), (12.44, "12.4"), (1080.4, "1080"), (99950, "100000"), (0, "0"), (-2.5, "-2.50")],
+    [
+        (0.13149, "0.131"),
+        (0.9996, "1.00"),
+        (12.44, "12.4"),
+        (1080.4, "1080"),
+        (99950, "100000"),
+        (0, "0"),
+        (-2.5, "-2.50"),
+    ],
 )
 def test_three_significant_digits_without_exponent(value, text):
     assert fmt.significant(value) == text

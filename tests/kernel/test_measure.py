@@ -51,7 +51,9 @@ def test_too_few_blocks_are_refused():
 
 def test_bootstrap_interval_of_the_median_covers_it_about_95_times_in_100():
     rng = np.random.default_rng(0)
-    covered = [low <= 1.0 <= high for low, high in (measure.bootstrap_median(rng.normal(1, 0.1, 20)) for _ in range(300))]
+    covered = [
+        low <= 1.0 <= high for low, high in (measure.bootstrap_median(rng.normal(1, 0.1, 20)) for _ in range(300))
+    ]
     assert 0.90 <= np.mean(covered) <= 1.0
 
 
@@ -98,6 +100,7 @@ def test_accuracy_is_counted_on_the_whole_split(digits_candidate, digits):
 def test_not_a_number_in_the_output_is_refused(digits):
     model = wb.load("lenet5")
     with wb.Eager().compile(model) as engine:
+
         class Broken:
             name, backend = engine.name, engine.backend
 

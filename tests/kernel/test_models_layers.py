@@ -90,6 +90,15 @@ def test_fused_attention_of_the_cpu_is_counted():
     assert wb.load(Attend(), inputs=torch.rand(2, 1, 6, 8)).macs == 2 * 6 * 6 * 8
 
 
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)])
+@pytest.mark.parametrize("learning", [False, True])
+def test_recurrent_layers_are_counted_over_all_steps(kind: type[nn.Module], gates: int, learning: bool):
+    # kernels differ: the fused one of the CPU is used where no gradient is wanted
+    module = kind(8, 12, num_layers=2, bidirectional=True, batch_first=True).requires_grad_(learning)
+    model = wb.load(module, inputs=torch.rand(3, 5, 8))
+    assert model.macs == 5 * 2 * gates * 12 * ((8 + 12) + (24 + 12))
+
+
 def test_tables_of_every_kind_of_module_add_up_to_its_parameters():
     class Ids(nn.Module):
         def __init__(self):
@@ -131,7 +140,9 @@ def test_graph_table_agrees_with_the_modules(name: str):
     assert graph["macs"].sum() == model.macs
 
 
-def graph_of(nodes: list[onnx.NodeProto], shape: list, weights: dict[str, np.ndarray], opset: int = 20) -> onnx.ModelProto:
+def graph_of(
+    nodes: list[onnx.NodeProto], shape: list, weights: dict[str, np.ndarray], opset: int = 20
+) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "g",

@@ -114,7 +114,9 @@ def test_output_that_is_no_tensor_is_refused():
         wb.load(Text(), inputs=X)
 
 
-@pytest.mark.parametrize(("source", "says"), [(nn.Linear, "is a class"), (3, "type int"), (None, "NoneType"), ("", "str")])
+@pytest.mark.parametrize(
+    ("source", "says"), [(nn.Linear, "is a class"), (3, "type int"), (None, "NoneType"), ("", "str")]
+)
 def test_source_of_another_kind_is_one_clear_error(source, says: str):
     with pytest.raises(LoadError, match=says):
         wb.load(source)
@@ -188,7 +190,9 @@ def test_checkpoint_alone_asks_for_its_architecture_and_knows_those_of_the_zoo(t
         wb.load(tmp_path / "x.pt", architecture="mlp")
 
 
-@pytest.mark.parametrize(("architecture", "says"), [(nn.Linear, "the class Linear"), (3, "a int"), ("lenet7", "lenet5")])
+@pytest.mark.parametrize(
+    ("architecture", "says"), [(nn.Linear, "the class Linear"), (3, "a int"), ("lenet7", "lenet5")]
+)
 def test_unusable_architecture_is_one_clear_error(tmp_path: Path, state, architecture, says: str):
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(LoadError, match=says):
@@ -262,6 +266,8 @@ def test_archive_that_unpacks_to_far_more_is_refused(tmp_path: Path):
 
 
 def test_loading_a_zoo_network_imports_no_optional_library():
-    code = "import sys, workbench as wb; wb.load('lenet5'); print([m for m in ('keras', 'sklearn') if m in sys.modules])"
+    code = (
+        "import sys, workbench as wb; wb.load('lenet5'); print([m for m in ('keras', 'sklearn') if m in sys.modules])"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

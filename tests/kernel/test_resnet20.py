@@ -20,7 +20,9 @@ def study(shared_data):
         yield s
 
 
-@pytest.mark.parametrize("backend", [wb.Eager(threads=2), wb.OnnxRuntime(threads=2), wb.OpenVINO(threads=2)], ids=lambda b: b.title)
+@pytest.mark.parametrize(
+    "backend", [wb.Eager(threads=2), wb.OnnxRuntime(threads=2), wb.OpenVINO(threads=2)], ids=lambda b: b.title
+)
 def test_fp32_scores_exactly_the_published_accuracy(study, backend):
     if not backend.availability().usable:
         pytest.skip(backend.availability().why)

@@ -70,6 +70,18 @@ def test_a_reopened_app_shows_the_same(study: wb.Study):
     two.close()
 
 
+def test_the_clickable_chart_loads_when_it_is_first_seen(app: Workbench):
+    assert app["Compare"].chart.figure is None
+    app.show("Compare")
+    _bind.flush()
+    chart = app["Compare"].chart.figure
+    assert len(chart.data) > 0
+    app.show("Model")
+    app.show("Compare")
+    _bind.flush()
+    assert app["Compare"].chart.figure is chart
+
+
 def test_a_panel_that_fails_to_redraw_says_so_at_the_bottom(app: Workbench, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(app["Compare"], "_draw", lambda: {}["gone"])
     app.selection.candidate = 1
@@ -116,6 +128,8 @@ def test_names_from_files_are_escaped_everywhere(digits: wb.Task):
 
 
 def test_a_saved_app_is_small_but_for_the_one_clickable_chart(app: Workbench):
+    app.show("Compare")
+    _bind.flush()
     sizes = [(type(w).__name__, len(json.dumps(w.get_state(), default=lambda o: str(type(o))))) for w in _widgets(app)]
     assert [name for name, size in sizes if size > 100_000] == ["FigureWidget"]
     assert sum(size for name, size in sizes if name != "FigureWidget") < 200_000

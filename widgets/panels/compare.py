@@ -60,6 +60,11 @@ class ComparePanel(Panel):
         self.on(self.batch, "value", self._draw, "Filtering by batch size")
         self.on(self.theme, "dark", self._draw, "Following the theme")
 
+    def come_into_view(self) -> None:
+        if self.chart.figure is None:
+            self.chart.load()
+            self._draw()
+
     def _picked(self, number: Any) -> None:
         self.selection.candidate = int(number)
 
@@ -82,7 +87,8 @@ class ComparePanel(Panel):
 
     def _draw(self) -> None:
         shown, chosen = self._shown(), self.selection.candidate
-        self.chart.show(pareto_figure(shown, selected=chosen, dark=self.theme.dark))
+        if self.chart.figure is not None:
+            self.chart.show(pareto_figure(shown, selected=chosen, dark=self.theme.dark))
         self.table.fill(_rows(shown))
         self.table.selected = [] if chosen is None else [str(chosen)]
 

@@ -74,6 +74,6 @@ def has_weighted_layers(step: str, model: Model) -> None:
     """Refuse a module in which no convolution or linear layer is to be found."""
     if not any(isinstance(layer, WEIGHTED) for layer in model.module.modules()):
         raise StepError(
-            f"{step} works on convolutions and linear layers, and {model.name} shows none. A TorchScript or exported "
-            "file hides its layers: load the network as a module, or a checkpoint with its architecture."
+            f"{step} works on torch's own convolutions and linear layers, and {model.name} shows none. TorchScript "
+            "and Keras modules hide theirs: load the network as a module, or a checkpoint with its architecture."
         )

@@ -91,7 +91,7 @@ def static(
             "Static int8 needs calibration samples, and the task has none. Build it with "
             'wb.Task.from_arrays(…, calibration=512), or use wb.Quantize("int8", mode="dynamic").'
         )
-    names = input_names(graph)
+    names, products_only = input_names(graph), is_transformer(graph)
     _check_finite(graph, dict(zip(names, first, strict=True)))
 
     def chunks() -> Iterator[dict[str, np.ndarray]]:
@@ -105,12 +105,14 @@ def static(
             target,
             _Reader(chunks(), report),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(WEIGHTED) if is_transformer(graph) else None,
+            op_types_to_quantize=list(WEIGHTED) if products_only else None,
             per_channel=True,
             reduce_range=reduce_range,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
+            # what lies between products is float32 here: rounding their outputs too costs accuracy and buys no time
+            extra_options={"OpTypesToExcludeOutputQuantization": list(WEIGHTED)} if products_only else None,
         )
 
     result = _through_files(graph, quantise)

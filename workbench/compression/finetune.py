@@ -15,7 +15,7 @@ from torch.nn import functional
 from workbench.compression import _checks
 from workbench.compression._base import Step
 from workbench.data.task import Task
-from workbench.deployment._base import physical_cores
+from workbench.deployment import physical_cores
 from workbench.errors import StepError
 from workbench.jobs import SILENT, Progress
 from workbench.models import inputs as model_inputs
@@ -30,7 +30,7 @@ class Finetune(Step):
     """Train the network further on the task's training split, by cross-entropy under a cosine schedule.
 
     Weights that pruning set to zero stay zero. The module's first output is taken as ``(N, classes)`` logits; a network
-    that ends in a softmax is recognised by its rows adding up to 1.
+    that ends in a softmax is recognised by its rows adding up to 1. The preprocessed training split is held in memory.
 
     Parameters
     ----------

@@ -48,10 +48,12 @@ class Quantize(Step):
 
     Notes
     -----
-    Min-max per channel on ResNet-20 with 512 calibration images: 91.72 % on ONNX Runtime and 91.78 % on OpenVINO, of
+    Min-max per channel on ResNet-20 with 512 calibration images: 91.75 % on ONNX Runtime and 91.80 % on OpenVINO, of
     91.73 % in float32. Quantising the slices and paddings of its shortcuts, its additions and its pooled mean or not
     changed batch-1 latency by 0.01 ms or less and accuracy by 0.06 points or less on both engines, so ONNX Runtime's
-    own choice of operations is kept. Scheme after Jacob et al., CVPR 2018, equation 1.
+    own choice of operations is kept. In a 4-layer transformer encoder with random weights, quantising the inputs of
+    products alone left 20.9 dB, their outputs as well 18.0 dB, every operation 16.4 dB, dynamic int8 23.0 dB.
+    Scheme after Jacob et al., CVPR 2018, equation 1.
     """
 
     family: ClassVar[str] = "quantised"

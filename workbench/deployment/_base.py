@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +19,18 @@ from workbench.jobs import SILENT, Progress
 from workbench.models.model import Model, TensorSpec
 
 Output = np.ndarray | tuple[np.ndarray, ...]
+
+
+# what engines say of their own source and error codes, which helps nobody who uses them
+_NOISE = re.compile(r"Exception from |Check '|FrontEnd API failed|To facilitate|Summary:|Set TORCH")
+_CODE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : ")
+
+
+def reason(error: Exception) -> str:
+    """What an engine's exception says, on one line that ends in a full stop and has at most 600 characters."""
+    lines = [line for line in str(error).splitlines() if not _NOISE.match(line)]
+    text = " ".join(_CODE.sub("", " ".join(lines)).split())
+    return (text[:600].rstrip(" .") or type(error).__name__) + "."
 
 
 @dataclass(frozen=True)
@@ -257,9 +270,8 @@ class Engine(ABC):
     def _failed(self, inputs: Sequence[np.ndarray], error: Exception) -> DataError:
         """What to raise where the engine itself refuses inputs that look right, such as an index out of range."""
         given = "; ".join(f"{s.name}: {x.dtype} {x.shape}" for s, x in zip(self.inputs, inputs, strict=True))
-        reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
         return DataError(
-            f"{self.name} on {self.backend.label} could not run this batch ({given}): {reason} "
+            f"{self.name} on {self.backend.label} could not run this batch ({given}): {reason(error)} "
             f"The model's inputs are {self._wanted()}."
         )
 

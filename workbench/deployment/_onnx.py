@@ -9,13 +9,10 @@ import numpy as np
 import onnx
 from google.protobuf.message import EncodeError
 
+from workbench.deployment._base import reason
 from workbench.errors import BackendError
 from workbench.models import export
 from workbench.models.model import Model, TensorSpec
-
-# where in its own source an engine noticed, and advice on extending it
-_NOISE = re.compile(r"Exception from |Check '|FrontEnd API failed|To facilitate|Summary:")
-_CODE = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 
 def serialized(model: Model, title: str) -> bytes:
@@ -68,10 +65,9 @@ def wanted_inputs(asked: Sequence[str], specs: Sequence[TensorSpec], title: str)
 
 def refusal(title: str, name: str, graph: onnx.ModelProto, error: Exception) -> BackendError:
     """What to raise where an engine does not take a graph: the operation and the layer, in the engine's own reason."""
-    lines = [line for line in str(error).splitlines() if not _NOISE.match(line)]
-    reason = " ".join(_CODE.sub("", " ".join(lines)).split())
+    why = reason(error)
     return BackendError(
-        f"{title} cannot run {name}{_culprit(graph, reason)}: {reason[:600].rstrip('.')}. "
+        f"{title} cannot run {name}{_culprit(graph, why)}: {why} "
         "Another backend may: wb.Eager() runs every model that has a torch module."
     )
 
@@ -91,13 +87,13 @@ def first_product(model: Model) -> str:
     return "its products"
 
 
-def _culprit(graph: onnx.ModelProto, reason: str) -> str:
+def _culprit(graph: onnx.ModelProto, why: str) -> str:
     """The node the reason speaks of, with its layer: by its name, or else the first of an operation it names."""
-    named = [n for n in graph.graph.node if n.name and _mentions(reason, n.name)]
+    named = [n for n in graph.graph.node if n.name and _mentions(why, n.name)]
     node = max(named, key=lambda n: len(n.name), default=None)
     if node is None:
         # engines write the operation's domain before it
-        operations = re.sub(r"[\w.]+[.:](?=\w)", "", reason)
+        operations = re.sub(r"[\w.]+[.:](?=\w)", "", why)
         node = next((n for n in graph.graph.node if _mentions(operations, n.op_type)), None)
     if node is None:
         return ""

@@ -35,8 +35,12 @@ def profile(session: Callable[..., Any], data: bytes, feeds: dict[str, np.ndarra
         Makes a session of a graph's bytes and further session options.
     """
     few, many = (_overhead_ms(session, inputs) for inputs in (_FEW, _MANY))
-    runs = _runs(session, data, feeds, repeats)
-    kernels = [Kernel(event["args"]["op_name"], (event["name"].removesuffix(_SUFFIX),)) for event in runs[0]]
+    runs, optimised = _runs(session, data, feeds, repeats)
+    tensors = {node.name: (tuple(node.input), tuple(node.output)) for node in optimised.graph.node}
+    kernels = []
+    for event in runs[0]:
+        name = event["name"].removesuffix(_SUFFIX)
+        kernels.append(Kernel(event["args"]["op_name"], (name,), *tensors.get(name, ())))
     layers = Lineage.of(onnx.load_model_from_string(data)).layers(kernels)
     rows = []
     for index, kernel in enumerate(kernels):
@@ -49,13 +53,16 @@ def profile(session: Callable[..., Any], data: bytes, feeds: dict[str, np.ndarra
 
 def _runs(
     session: Callable[..., Any], data: bytes, feeds: dict[str, np.ndarray], repeats: int
-) -> list[list[dict[str, Any]]]:
-    """The kernel events of each of the last `repeats` runs, in the order the kernels started."""
+) -> tuple[list[list[dict[str, Any]]], onnx.ModelProto]:
+    """The kernel events of each of the last `repeats` runs, in the order they started, and the graph that ran."""
     with tempfile.TemporaryDirectory() as folder:
-        profiled = session(data, enable_profiling=True, profile_file_prefix=str(Path(folder) / "run"))
+        graph = Path(folder) / "optimised.onnx"
+        prefix = str(Path(folder) / "run")
+        profiled = session(data, enable_profiling=True, profile_file_prefix=prefix, optimized_model_filepath=str(graph))
         for _ in range(_WARM_UP + repeats):
             profiled.run(None, feeds)
         events = json.loads(Path(profiled.end_profiling()).read_text(encoding="utf-8"))
+        optimised = onnx.load(graph)
     runs: list[list[dict[str, Any]]] = []
     current: list[dict[str, Any]] = []
     for event in events:
@@ -71,7 +78,7 @@ def _runs(
             "ONNX Runtime's profile cannot be laid out as rows: the runs executed different kernels, or too many for "
             "its buffer of a million events. Profile with fewer repeats, or with wb.Eager()."
         )
-    return runs
+    return runs, optimised
 
 
 def _outermost(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -92,7 +99,7 @@ def _overhead_ms(session: Callable[..., Any], inputs: int) -> float:
     """
     feeds = {"x": np.ones((1, 1, 1, 1), np.float32)}
     long, short = _chain(_CHAIN, inputs), _chain(1, inputs)
-    recorded = [np.mean([event["dur"] / 1e3 for event in run]) for run in _runs(session, long, feeds, 30)]
+    recorded = [np.mean([event["dur"] / 1e3 for event in run]) for run in _runs(session, long, feeds, 30)[0]]
     true_ms = max(_plain_ms(session(long), feeds) - _plain_ms(session(short), feeds), 0.0) / (_CHAIN - 1)
     return max(float(np.median(recorded)) - true_ms, 0.0)
 

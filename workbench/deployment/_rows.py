@@ -31,6 +31,9 @@ _HEAVY = {
     "GRU": ("GRU",),
 }
 
+# operations that an engine knows under another name, and numbers instead of keeping the node's
+_RENAMED = {"MVN": ("LayerNormalization", "InstanceNormalization", "GroupNormalization")}
+
 
 @dataclass(frozen=True)
 class Node:
@@ -51,10 +54,14 @@ class Kernel:
     ----------
     sources
         Names of nodes or tensors of the graph it is known to stand for, as the engine spells them.
+    reads, writes
+        Its tensors in the graph the engine made of the one it was given; empty where it does not tell.
     """
 
     type: str
     sources: tuple[str, ...]
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
 
 
 class Lineage:
@@ -96,18 +103,63 @@ class Lineage:
     def layers(self, kernels: Sequence[Kernel]) -> list[tuple[str, ...]]:
         """For each of an engine's kernels, in execution order, the layers it computes, in the graph's order.
 
-        A kernel has the layers of the nodes it names. A node that no kernel names was fused away: a convolution or
-        product goes to the kernel of its kind that follows it (which is then named after the activation), anything
-        else to the last kernel that computes one of its inputs.
+        A kernel has the layers of the nodes it names, and of those between what it reads and what it writes. Any other
+        node was fused away: a convolution or product goes to the kernel of its kind that follows it (which is then
+        named after the activation), anything else to the last kernel that computes one of its inputs.
         """
         owned: list[set[int]] = [set() for _ in kernels]
         owner: dict[int, int] = {}
         for index, kernel in enumerate(kernels):
-            for source in kernel.sources:
-                node = self._find(source, exact=kernel.type in _MOVES)
-                if node is not None:
-                    owned[index].add(node)
-                    owner.setdefault(node, index)
+            for node in self._named(kernel):
+                owned[index].add(node)
+                owner.setdefault(node, index)
+        for index, node in self._paired(kernels, owned, owner):
+            owned[index].add(node)
+            owner[node] = index
+        made = {tensor for kernel in kernels for tensor in kernel.writes}
+        for index, kernel in enumerate(kernels):
+            # a tensor the engine made up says nothing of where the kernel begins
+            if kernel.writes and made.intersection(kernel.reads) <= self._producer.keys():
+                for node in self._behind(owned[index], set(kernel.reads), owner):
+                    owner[node] = index
+                    # a quantiser stands for the layer whose numbers it writes, which may be the one before
+                    if self.nodes[node].type not in _MOVES:
+                        owned[index].add(node)
+        self._fused(kernels, owned, owner)
+        return [tuple(dict.fromkeys(x for n in sorted(mine) for x in self.nodes[n].layers)) for mine in owned]
+
+    def _named(self, kernel: Kernel) -> list[int]:
+        """The nodes a kernel names, and those whose tensors it writes."""
+        moves = kernel.type in _MOVES
+        found = [self._find(source, exact=moves) for source in kernel.sources]
+        if not moves:
+            found += [self._producer.get(tensor) for tensor in kernel.writes]
+        return [node for node in found if node is not None]
+
+    def _paired(self, kernels: Sequence[Kernel], owned: list[set[int]], owner: dict[int, int]) -> list[tuple[int, int]]:
+        """Kernels with names of the engine's own, and nodes without a kernel, that match one to one by type."""
+        pairs = []
+        for kind, types in _RENAMED.items():
+            nameless = [i for i, kernel in enumerate(kernels) if kernel.type == kind and not owned[i]]
+            nodes = [i for i, node in enumerate(self.nodes) if node.type in types and i not in owner]
+            if len(nameless) == len(nodes):
+                pairs += zip(nameless, nodes, strict=True)
+        return pairs
+
+    def _behind(self, nodes: set[int], reads: set[str], owner: dict[int, int]) -> set[int]:
+        """The nodes without a kernel on the ways from some nodes back to the tensors their kernel reads."""
+        found: set[int] = set()
+        waiting = list(nodes)
+        while waiting:
+            for tensor in self.nodes[waiting.pop()].inputs:
+                before = self._producer.get(tensor)
+                if tensor not in reads and before is not None and before not in owner and before not in found:
+                    found.add(before)
+                    waiting.append(before)
+        return found
+
+    def _fused(self, kernels: Sequence[Kernel], owned: list[set[int]], owner: dict[int, int]) -> None:
+        """Give every node that is left to the kernel it was most likely fused into."""
         covered = {layer for node in owner for layer in self.nodes[node].layers}
         for index, node in enumerate(self.nodes):
             if index in owner:
@@ -120,9 +172,8 @@ class Lineage:
                 continue
             owner[index] = kernel
             # a layer some kernel is named after has its row; the rest of it was folded, not moved to a neighbour
-            if not covered.issuperset(node.layers):
+            if not covered.issuperset(node.layers) and node.type not in _MOVES:
                 owned[kernel].add(index)
-        return [tuple(dict.fromkeys(x for n in sorted(mine) for x in self.nodes[n].layers)) for mine in owned]
 
     def _find(self, source: str, exact: bool) -> int | None:
         """The node `source` names: by its name or a tensor it writes, whole or followed by what the engine appended."""

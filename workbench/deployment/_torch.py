@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
-from workbench.deployment._base import Availability, Backend, Engine, Output, refuse_bfloat16_inputs
+from workbench.deployment._base import Availability, Backend, Engine, Output, reason, refuse_bfloat16_inputs
 from workbench.deployment._nvidia import nvidia_driver
 from workbench.deployment._onnx import example_arrays, output_specs
 from workbench.deployment.package import Contents, library_version, runner
@@ -114,10 +114,14 @@ class TorchBackend(Backend):
     def open(self, contents: Contents) -> Engine:
         self.require()
         try:
-            model = load(contents.paths["model.pt2"], name=contents.name)
-        except (KeyError, LoadError) as error:
+            model = load(contents.path("model.pt2"), name=contents.name)
+        except LoadError as error:
             raise BackendError(f"The package of {contents.name} does not open: {error}") from None
-        engine = self.compile(replace(model, precision=contents.precision))
+        example = model.example
+        if not model.keywords and len(example) == len(contents.inputs):
+            # a program forgets what its inputs by position are called
+            example = dict(zip((spec.name for spec in contents.inputs), example.values(), strict=True))
+        engine = self.compile(replace(model, example=example, precision=contents.precision))
         engine.about = contents.about
         return engine
 
@@ -201,8 +205,8 @@ class TorchEngine(Engine):
             raise
         except Exception as error:  # the module is a stranger's code and raises what it likes
             raise BackendError(
-                f"{self.name} does not run on its own example inputs: {type(error).__name__} "
-                f"{' '.join(str(error).split())[:400]} Load it with inputs that fit: wb.load(module, inputs=…)."
+                f"{self.name} does not run on its own example inputs: {type(error).__name__} {reason(error)} "
+                "Load it with inputs that fit: wb.load(module, inputs=…)."
             ) from error
         self.outputs = output_specs(output_names(len(tensors)), [array(t) for t in tensors], len(example[0]))
 
@@ -246,7 +250,7 @@ class TorchEngine(Engine):
         except (RuntimeError, ValueError, TypeError, AssertionError) as error:
             raise BackendError(
                 f"{self.name} cannot be saved as a package, because torch.export does not take it with a batch of any "
-                f"size: {' '.join(str(error).split())[:400]} Save it from wb.OnnxRuntime() instead."
+                f"size: {reason(error)} Save it from wb.OnnxRuntime() instead."
             ) from error
         return buffer.getvalue()
 

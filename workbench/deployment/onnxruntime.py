@@ -24,6 +24,7 @@ from workbench.deployment._base import (
     Engine,
     OpTiming,
     Output,
+    reason,
     refuse_bfloat16_inputs,
 )
 from workbench.deployment._nvidia import nvidia_driver
@@ -61,7 +62,8 @@ class OnnxRuntime(Backend):
     Parameters
     ----------
     provider
-        ``cpu``, ``cuda`` or ``tensorrt``. What was asked for is what runs: a provider that does not load is an error.
+        ``cpu``, ``cuda`` or ``tensorrt``. A provider that does not load is an error; single operations it has no kernel
+        for run on the CPU, as ONNX Runtime places them.
     threads
         Threads inside one operation; None for all physical cores.
     graph_level
@@ -132,11 +134,11 @@ class OnnxRuntime(Backend):
 
     def open(self, contents: Contents) -> Engine:
         self.require()
-        data = contents.paths["model.onnx"].read_bytes()
+        data = contents.path("model.onnx").read_bytes()
         try:
             engine = self._engine(data, contents.name, contents.precision, contents.inputs, contents.outputs)
         except _errors() as error:
-            raise BackendError(f"{self.title} cannot run the package of {contents.name}: {error}") from None
+            raise BackendError(f"{self.title} cannot run the package of {contents.name}: {reason(error)}") from None
         engine.about = contents.about
         return engine
 
@@ -288,7 +290,7 @@ def _provider_missing(provider: str) -> str:
     except BackendUnavailable as error:
         return _missing_library(ort, provider) or error.why
     except _errors() as error:
-        return _missing_library(ort, provider) or " ".join(str(error).split())[:300]
+        return _missing_library(ort, provider) or reason(error)
     finally:
         ort.set_default_logger_severity(2)
     return ""

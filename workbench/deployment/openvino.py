@@ -19,6 +19,7 @@ from workbench.deployment._base import (
     Engine,
     OpTiming,
     Output,
+    reason,
     refuse_bfloat16_inputs,
 )
 from workbench.deployment._onnx import example_arrays, output_specs, refusal, serialized, wanted_inputs
@@ -32,6 +33,7 @@ PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 HINTS = ("latency", "throughput")
 DEVICES = ("CPU", "GPU", "NPU")
 _INSTALL = 'pip install "inference-workbench[openvino]"'
+_DATA = ("Const", "Constant", "Input", "Parameter", "Output", "Result")
 _WARM_UP = 3
 _GROUPS = 5
 
@@ -123,12 +125,12 @@ class OpenVINO(Backend):
         except (KeyError, TypeError, ValueError):
             raise BackendError(f"The package of {contents.name} is damaged: its lineage does not read.") from None
         try:
-            network = _core().read_model(contents.paths["model.xml"], contents.paths["model.bin"])
+            network = _core().read_model(contents.path("model.xml"), contents.path("model.bin"))
             engine = self._engine(
                 network, lineage, contents.name, contents.precision, contents.inputs, contents.outputs
             )
-        except (RuntimeError, KeyError) as error:
-            raise BackendError(f"OpenVINO cannot run the package of {contents.name}: {error}") from None
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO cannot run the package of {contents.name}: {reason(error)}") from None
         engine.about = contents.about
         return engine
 
@@ -176,7 +178,9 @@ class OpenVINOEngine(Engine):
 
     def __init__(self, *fields: Any, network: Any, compiled: Any, lineage: Lineage):
         super().__init__(*fields)
-        names = [port.get_any_name() for port in compiled.inputs]
+        # an input whose first operation was dropped goes by the name of that operation's output as well
+        known = {spec.name for spec in self.inputs}
+        names = [next(iter(port.names & known), port.get_any_name()) for port in compiled.inputs]
         self._order = wanted_inputs(names, self.inputs, self.backend.title)
         self._single = self._order == [0]
         self._network, self._compiled, self._lineage = network, compiled, lineage
@@ -212,12 +216,12 @@ class OpenVINOEngine(Engine):
                 "OpenVINO compiled this model differently each time, so its profile has no fixed rows. Profile it with "
                 "wb.OnnxRuntime()."
             )
-        # what took under a microsecond is reported as not run, like what was fused away
-        ran = [i for i in range(len(counters[0])) if any(group[i][3] > 0 for group in counters)]
-        layers = self._lineage.layers([Kernel(counters[0][i][1], counters[0][i][2]) for i in ran])
+        layers = self._lineage.layers([Kernel(kind, sources) for _, kind, sources, _ in counters[0]])
+        # what takes under a microsecond is reported as not run, and would be a row of nothing
+        ran = [i for i in range(len(layers)) if any(group[i][3] > 0 for group in counters)]
         return [
-            OpTiming(counters[0][i][0], counters[0][i][1], owners, tuple(group[i][3] for group in counters))
-            for i, owners in zip(ran, layers, strict=True)
+            OpTiming(counters[0][i][0], counters[0][i][1], layers[i], tuple(group[i][3] for group in counters))
+            for i in ran
         ]
 
     def _group(self, inputs: Sequence[np.ndarray], calls: int) -> list[tuple[str, str, tuple[str, ...], float]]:
@@ -235,10 +239,13 @@ class OpenVINOEngine(Engine):
             op.get_friendly_name(): _text(op.get_rt_info(), "originalLayersNames")
             for op in compiled.get_runtime_model().get_ordered_ops()
         }
-        rows = []
+        rows, seen = [], set()
         for info, start, stop in zip(request.get_profiling_info(), before, after, strict=True):
-            sources = tuple(filter(None, origins.get(info.node_name, "").split(",")))
-            rows.append((info.node_name, info.node_type, sources, max((stop - start) / calls, 0.0)))
+            # the runtime model holds what is executed; the counters list what was fused away or is constant as well
+            if info.node_name in origins and info.node_type not in _DATA and info.node_name not in seen:
+                seen.add(info.node_name)
+                sources = tuple(filter(None, origins[info.node_name].split(",")))
+                rows.append((info.node_name, info.node_type, sources, max((stop - start) / calls, 0.0)))
         return rows
 
     def artifact(self) -> dict[str, bytes]:
@@ -292,5 +299,5 @@ _RUN = """settings = {"INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"
 if backend["threads"]:
     settings["INFERENCE_NUM_THREADS"] = backend["threads"]
 model = openvino.Core().compile_model(here / "model.xml", backend["device"], settings)
-outputs = list(model({i.get_any_name(): feeds[i.get_any_name()] for i in model.inputs}).values())
+outputs = list(model({i: feeds[next(name for name in i.names if name in feeds)] for i in model.inputs}).values())
 """

@@ -55,6 +55,12 @@ class Contents:
     notes: dict[str, Any]
     paths: dict[str, Path] = field(default_factory=dict)
 
+    def path(self, name: str) -> Path:
+        """The verified file of that name; `BackendError` where the package lists none."""
+        if name not in self.paths:
+            raise BackendError(f"The package of {self.name} holds no {name}. Save it again.")
+        return self.paths[name]
+
 
 # what every package's run.py does around the lines of its engine
 _RUNNER = '''"""Run this model: python run.py INPUT.npy …

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
+from torch.onnx.errors import OnnxExporterError
 
 from workbench.errors import LoadError
 from workbench.models import provenance as naming
@@ -57,14 +58,13 @@ def to_onnx(module: nn.Module, example: dict[str, Tensor], keywords: bool, name:
     ExportWarning
         If the batch size had to be fixed, or the older exporter was needed.
     """
-    ways = _ways(module, example)
     first: Exception | None = None
     with torch.no_grad(), _quiet():
-        for way, said in ways:
+        for way in _ways(module):
             try:
-                model, note = way(module, example, keywords), said
+                model, note = way(module, example, keywords)
                 break
-            except Exception as error:  # the exporters raise whatever a stranger's forward does
+            except (OnnxExporterError, _CannotExport) as error:
                 first = first or error
         else:
             raise LoadError(
@@ -81,39 +81,40 @@ def to_onnx(module: nn.Module, example: dict[str, Tensor], keywords: bool, name:
 
 _FIXED = "Exported for batches of {} only: the batch size is fixed within the network."
 _OLDER = "Exported by torch's older exporter (dynamo=False), which follows one run of the network."
-_SCRIPT = f"{_OLDER} The newer one does not read TorchScript."
 
-Way = Callable[[nn.Module, dict[str, Tensor], bool], ir.Model]
+Way = Callable[[nn.Module, dict[str, Tensor], bool], tuple[ir.Model, str]]
 
 
-def _ways(module: nn.Module, example: Mapping[str, Tensor]) -> list[tuple[Way, str]]:
-    """Ways to export in the order of preference, each with the note it leaves."""
-    batch = getattr(module, "fixed_batch", None)
-    size = next(iter(example.values())).shape[0]
+class _CannotExport(Exception):
+    """One way to export does not work for this module."""
+
+
+def _ways(module: nn.Module) -> list[Way]:
+    """Ways to export in the order of preference."""
     if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
-        return [(_older, _SCRIPT)]
-    if isinstance(batch, int):
-        return [(_newer_fixed, _FIXED.format(batch)), (_older, _OLDER)]
-    return [(_newer, ""), (_newer_fixed, _FIXED.format(size)), (_older, _OLDER)]
+        return [_older]  # the newer exporter does not read TorchScript
+    if hasattr(module, "fixed_batch"):
+        return [_newer_fixed, _older]
+    return [_newer, _newer_fixed, _older]
 
 
-def _newer(module: nn.Module, example: dict[str, Tensor], keywords: bool) -> ir.Model:
+def _newer(module: nn.Module, example: dict[str, Tensor], keywords: bool) -> tuple[ir.Model, str]:
     # torch.export takes a length of one for a constant
     example = {k: torch.cat([v, v]) if v.shape[0] == 1 else v for k, v in example.items()}
     axes = {key: {0: Dim.DYNAMIC} for key in example}
     module = explicit(module, list(example))
     model = _program(module, example, keywords, axes if keywords else tuple(axes.values()))
     if not naming.rename_batch(model):
-        raise LoadError("the batch size is fixed within the network")
-    return model
+        raise _CannotExport("the batch size is fixed within the network")
+    return model, ""
 
 
-def _newer_fixed(module: nn.Module, example: dict[str, Tensor], keywords: bool) -> ir.Model:
-    return _program(module, example, keywords, None)
+def _newer_fixed(module: nn.Module, example: dict[str, Tensor], keywords: bool) -> tuple[ir.Model, str]:
+    return _program(module, example, keywords, None), _FIXED.format(_size(example))
 
 
 def _program(module: nn.Module, example: dict[str, Tensor], keywords: bool, dynamic: Any) -> ir.Model:
-    names = output_names(len(outputs(module(**example) if keywords else module(*example.values()))))
+    names = _output_names(module, example, keywords)
     program = torch.onnx.export(
         module,
         () if keywords else tuple(example.values()),
@@ -125,33 +126,58 @@ def _program(module: nn.Module, example: dict[str, Tensor], keywords: bool, dyna
         optimize=False,  # done below, once it is noted which node came from where
         verbose=False,
     )
-    childless = {path: not any(True for _ in inner.children()) for path, inner in module.named_modules()}
-    origins = naming.snapshot(program.model, childless)
+    leaves = naming.leaves(program.model, [path for path, _ in module.named_modules()])
+    origins = naming.snapshot(program.model, leaves)
     program.optimize()
-    layers = naming.layers_after(program.model, origins, childless)
+    layers = naming.layers_after(program.model, origins, leaves)
     naming.rename(program.model, layers, _kept(module, example, names))
     return program.model
 
 
-def _older(module: nn.Module, example: dict[str, Tensor], keywords: bool) -> ir.Model:
-    names = output_names(len(outputs(module(**example) if keywords else module(*example.values()))))
-    args = () if keywords else tuple(example.values())
+def _older(module: nn.Module, example: dict[str, Tensor], keywords: bool) -> tuple[ir.Model, str]:
+    # it calls an axis open on request, whether or not the size of the run it followed is written into the graph
+    larger = {key: torch.cat([value, value[:1]]) for key, value in example.items()}
+    try:
+        runs = [_followed(module, inputs, keywords, dynamic=True) for inputs in (example, larger)]
+        dynamic = runs[0].graph.node == runs[1].graph.node and runs[0].graph.initializer == runs[1].graph.initializer
+    except _CannotExport:
+        dynamic = False
+    graph = runs[0] if dynamic else _followed(module, example, keywords, dynamic=False)
+    model = ir.from_proto(graph)
+    layers = naming.layers_by_name({path for path, _ in module.named_modules()})
+    naming.rename(model, layers, _kept(module, example, [value.name for value in graph.graph.output]))
+    return model, _OLDER if dynamic else f"{_OLDER} {_FIXED.format(_size(example))}"
+
+
+def _followed(module: nn.Module, example: dict[str, Tensor], keywords: bool, dynamic: bool) -> onnx.ModelProto:
+    names = _output_names(module, example, keywords)
     file = io.BytesIO()
-    torch.onnx.export(
-        module,
-        args,
-        file,
-        kwargs=example if keywords else None,
-        dynamo=False,
-        input_names=list(example),
-        output_names=names,
-        dynamic_axes={key: {0: "batch"} for key in (*example, *names)},
-        verbose=False,
-    )
-    model = ir.from_proto(onnx.load_model_from_string(file.getvalue()))
-    paths = {path for path, _ in module.named_modules()}
-    naming.rename(model, naming.layers_by_name(paths), _kept(module, example, names))
-    return model
+    try:
+        torch.onnx.export(
+            module,
+            () if keywords else tuple(example.values()),
+            file,
+            kwargs=example if keywords else None,
+            dynamo=False,
+            input_names=list(example),
+            output_names=names,
+            dynamic_axes={key: {0: "batch"} for key in (*example, *names)} if dynamic else None,
+            verbose=False,
+        )
+    except Exception as error:  # it raises whatever a stranger's forward does
+        raise _CannotExport(str(error)) from error
+    return onnx.load_model_from_string(file.getvalue())
+
+
+def _output_names(module: nn.Module, example: Mapping[str, Tensor], keywords: bool) -> list[str]:
+    try:
+        return output_names(len(outputs(module(**example) if keywords else module(*example.values()))))
+    except Exception as error:  # whatever a stranger's forward raises, at a batch size it does not take
+        raise _CannotExport(str(error)) from error
+
+
+def _size(example: Mapping[str, Tensor]) -> int:
+    return next(iter(example.values())).shape[0]
 
 
 def _kept(module: nn.Module, example: Mapping[str, Tensor], outputs: Collection[str]) -> set[str]:
@@ -166,6 +192,8 @@ def _quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel has no counterpart in ONNX
+    log = torch._C._jit_onnx_log
+    torch._C._jit_onnx_log = lambda *_: None  # the older exporter prints the graph it fails on, whatever it is told
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
@@ -174,6 +202,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        torch._C._jit_onnx_log = log
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 

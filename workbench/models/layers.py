@@ -6,6 +6,7 @@ first tensor, where a layer takes or gives several; None for a length that is no
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -26,11 +27,20 @@ if TYPE_CHECKING:
 
 COLUMNS = ["layer", "type", "input_shape", "output_shape", "parameters", "macs"]
 
-# the CPU's own attention kernel, which torch's table of operations leaves out
+
+def _attention_flops(q: tuple, k: tuple, v: tuple, *_: Any, **__: Any) -> int:
+    return flop_counter.sdpa_flop_count(q, k, v)
+
+
+def _recurrent_flops(x: tuple, inwards: tuple, across: tuple, *_: Any, **__: Any) -> int:
+    # one direction of one layer, over all steps and samples
+    return 2 * x[0] * x[1] * (math.prod(inwards) + math.prod(across))
+
+
+# kernels of the CPU that torch's own table leaves out
 _MORE_FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(
-        q, k, v
-    )
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops,
 }
 
 
@@ -39,15 +49,13 @@ def module_table(model: Model) -> pd.DataFrame:
 
     A layer is a module without children; one called twice has two rows, the second with no parameters. Work or
     parameters that belong to no such layer (a matrix product written out in a block's forward) are a row of the module
-    around them. A TorchScript module cannot be watched while it runs; its rows are those of its ONNX graph.
+    around them. A TorchScript module, whose parts cannot be watched, is one row.
 
     Raises
     ------
     LoadError
         If the module fails on its example inputs; the layer that failed is named.
     """
-    if any(isinstance(m, torch.jit.ScriptModule) for m in model.module.modules()):
-        return graph_table(model.onnx(), {k: tuple(v.shape) for k, v in model.example.items()})
     watch = _Watch(model.module, model.name, next(iter(model.example.values())).shape[0])
     watch.run(model.example, model.keywords)
     return pd.DataFrame(watch.rows, columns=COLUMNS)
@@ -103,7 +111,12 @@ class _Watch:
 
     def run(self, example: Mapping[str, Tensor], keywords: bool) -> None:
         with _track(self.module, self._enter, self._leave) as path, self._flops:
-            _call(self.module, example, keywords, self.name, path)
+            scripted = isinstance(self.module, torch.jit.ScriptModule)
+            if scripted:
+                self._enter("", self.module)
+            output = _call(self.module, example, keywords, self.name, path)
+            if scripted:
+                self._leave("", self.module, dict(example), output)
 
     def _enter(self, path: str, module: nn.Module) -> None:
         self._ran.add(module)
@@ -114,8 +127,9 @@ class _Watch:
         total = self._flops.get_total_flops() - before
         if self._open:
             self._open[-1][1][0] += total
-        leaf, own = not any(True for _ in module.children()), total - within
-        parameters = self._parameters(module, own > 0)
+        leaf = isinstance(module, torch.jit.ScriptModule) or not any(True for _ in module.children())
+        own = total - within
+        parameters = self._parameters(module, leaf or own > 0)
         if leaf or own or parameters:
             macs = own // 2 // self.batch
             kind = getattr(module, "original_name", type(module).__name__)
@@ -155,10 +169,11 @@ def _track(module: nn.Module, enter: Any, leave: Any) -> Any:
 
         return hook
 
-    if not isinstance(module, torch.jit.ScriptModule):  # whose submodules take no hooks once compiled
-        for path, inner in module.named_modules():
-            hooks.append(inner.register_forward_pre_hook(before(path)))
-            hooks.append(inner.register_forward_hook(after(path), with_kwargs=True))
+    for path, inner in module.named_modules():
+        if isinstance(inner, torch.jit.ScriptModule):
+            continue  # takes no hooks; what it does counts for the module around it
+        hooks.append(inner.register_forward_pre_hook(before(path)))
+        hooks.append(inner.register_forward_hook(after(path), with_kwargs=True))
     # the fused attention of evaluation mode calls no submodule, so that there would be nothing to watch
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -27,10 +27,11 @@ _PARAMETERS = {"weight", "bias", "in_proj_weight", "in_proj_bias", "kernel", "ga
 
 @dataclass(frozen=True)
 class Origin:
-    """One node of a graph before it was optimised: its layer, and the names of what it reads."""
+    """One node of a graph before it was optimised: its layer, its operator, and the names of what it reads."""
 
     order: int
     layer: str
+    operator: str
     inputs: tuple[str, ...]
 
 
@@ -59,11 +60,33 @@ def provenance(graph: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def leaves(model: ir.Model, paths: Collection[str]) -> dict[str, bool]:
+    """Which modules call no other module: those are the layers, even where they own parts, as attention does.
+
+    Parameters
+    ----------
+    model
+        As exported, before optimisation.
+    paths
+        Of all modules.
+
+    Returns
+    -------
+    dict
+        By path; a module that was never called is none.
+    """
+    called = {path for node in model.graph for path in _scopes(node.metadata_props)[0][:-1]}
+    # every level above a call, containers that are not called themselves included
+    above = {path.rsplit(".", i)[0] for path in called for i in range(1, path.count(".") + 1)} | {""}
+    return {path: path in called and path not in above for path in paths}
+
+
 def snapshot(model: ir.Model, modules: Mapping[str, bool]) -> dict[str, Origin]:
-    """Each value's origin in a graph before optimisation; `modules` says of each path whether it is childless."""
+    """Each value's origin in a graph before optimisation; `modules` is what `leaves` says of them."""
     origins = {}
     for order, node in enumerate(model.graph):
-        origin = Origin(order, _scoped_layer(node.metadata_props, modules), _names(node.inputs))
+        layer = _scoped_layer(node.metadata_props, modules)
+        origin = Origin(order, layer, node.op_type, _names(node.inputs))
         origins.update((value.name, origin) for value in node.outputs)
     return origins
 
@@ -77,11 +100,13 @@ def layers_after(model: ir.Model, origins: Mapping[str, Origin], modules: Mappin
 
     def layers(node: ir.Node) -> tuple[str, ...]:
         reads = set(_names(node.inputs))
-        found: dict[int, str] = {}
+        found: dict[int, Origin] = {}
         for value in node.outputs:
             _between(value.name, reads, alive - {value.name}, origins, found)
         own = _scoped_layer(node.metadata_props, modules)
-        unique = dict.fromkeys(layer for _, layer in sorted(found.items()) if layer)
+        # what did the same before comes first: a convolution is named after itself, not the dropout it swallowed
+        ordered = sorted(found.values(), key=lambda origin: (origin.operator != node.op_type, origin.order))
+        unique = dict.fromkeys(origin.layer for origin in ordered if origin.layer)
         return tuple(unique) or ((own,) if own else ())
 
     return layers
@@ -151,7 +176,9 @@ def rename_batch(model: ir.Model, name: str = "batch") -> bool:
     return True
 
 
-def _between(name: str, reads: set[str], alive: set[str], origins: Mapping[str, Origin], found: dict[int, str]) -> bool:
+def _between(
+    name: str, reads: set[str], alive: set[str], origins: Mapping[str, Origin], found: dict[int, Origin]
+) -> bool:
     """Collect the origins on every way back from a value to what is read; whether there is such a way."""
     if name in reads:
         return True
@@ -163,21 +190,17 @@ def _between(name: str, reads: set[str], alive: set[str], origins: Mapping[str, 
     # all of them, where a generator would stop at the first
     ways = [_between(source, reads, alive, origins, found) for source in origin.inputs]
     if any(ways):
-        found[origin.order] = origin.layer
+        found[origin.order] = origin
         return True
     return False
 
 
 def _scoped_layer(metadata: Mapping[str, str], modules: Mapping[str, bool] | None) -> str:
-    """The layer in a node's name scopes: its module, followed by the operation where the module has children.
+    """The layer in a node's name scopes: its module, followed by the operation where the module calls others.
 
-    `modules` says of each path whether the module there is childless; None where the module is not at hand.
+    `modules` is what `leaves` says of them; None where the module is not at hand.
     """
-    try:
-        scopes = ast.literal_eval(metadata.get(_SCOPES, "[]"))
-        classes = ast.literal_eval(metadata.get(_CLASSES, "[]"))
-    except (ValueError, SyntaxError):
-        return ""
+    scopes, classes = _scopes(metadata)
     if len(scopes) < 2:
         return ""
     # tracing adds scopes of its own, which are no modules
@@ -187,6 +210,13 @@ def _scoped_layer(metadata: Mapping[str, str], modules: Mapping[str, bool] | Non
     parts = classes[-1].split(".") if classes else []
     operation = parts[1] if len(parts) > 1 else re.sub(r"_\d+$", "", scopes[-1])
     return ".".join(part for part in (path, operation.strip("_<> ")) if part)
+
+
+def _scopes(metadata: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    try:
+        return ast.literal_eval(metadata.get(_SCOPES, "[]")), ast.literal_eval(metadata.get(_CLASSES, "[]"))
+    except (ValueError, SyntaxError):
+        return [], []
 
 
 def _is_layer(classes: list[str]) -> bool:

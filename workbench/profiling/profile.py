@@ -64,7 +64,8 @@ class Profile:
     def __repr__(self) -> str:
         return (
             f"<Profile {self.model_name} on {self.backend_label}, batch {self.batch}: {len(self.rows) - 1} rows, "
-            f"{formatting.milliseconds(self.end_to_end_ms)}, {formatting.share(self.unattributed_ms / self.end_to_end_ms)} unattributed>"
+            f"{formatting.milliseconds(self.end_to_end_ms)}, "
+            f"{formatting.share(self.unattributed_ms / self.end_to_end_ms)} unattributed>"
         )
 
     def _repr_html_(self) -> str:
@@ -153,14 +154,16 @@ def _rows(model: Model, timings: list[OpTiming], whole_ms: float, batch: int) ->
                 "output_shape": table.loc[known[-1], "output_shape"] if known else None,
             }
         )
-    rows.append({"name": UNATTRIBUTED, "layer": UNATTRIBUTED, "type": "unattributed", "latency_ms": whole_ms - sum(medians)})
+    rows.append(
+        {"name": UNATTRIBUTED, "layer": UNATTRIBUTED, "type": "unattributed", "latency_ms": whole_ms - sum(medians)}
+    )
     frame = pd.DataFrame(rows).reindex(columns=_COLUMNS)
     frame["share"] = frame["latency_ms"] / whole_ms
     return frame
 
 
 def _owners(timings: list[OpTiming], medians: list[float]) -> dict[str, int]:
-    """For each layer the row that counts its MACs: the slowest of those it is spread over, so that none counts twice."""
+    """For each layer the row that counts its MACs: the slowest of those it is spread over, so that it counts once."""
     owner: dict[str, int] = {}
     for index, timing in enumerate(timings):
         for layer in timing.layers:

@@ -76,4 +76,5 @@ class Candidate:
         return f"<Candidate {self.number}: {self.label} on {self.recipe.backend_label}; {self.summary()}>"
 
     def _repr_html_(self) -> str:
-        return f"<p><b>Candidate {self.number}</b>: {escape(self.label)}, {escape(self.recipe.backend_label)}<br>{escape(self.summary())}</p>"
+        name = f"<b>Candidate {self.number}</b>: {escape(self.label)}, {escape(self.recipe.backend_label)}"
+        return f"<p>{name}<br>{escape(self.summary())}</p>"

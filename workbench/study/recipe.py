@@ -124,6 +124,8 @@ class Recipe:
 
     def to_python(self) -> str:
         """The call that runs it: ``study.run([wb.Prune(0.5)], on=wb.OnnxRuntime(), batch=1)``."""
-        extra = "".join(f", {k}={v}" for k, v, default in (("batch", self.batch, 1), ("seed", self.seed, 0)) if v != default)
+        extra = "".join(
+            f", {k}={v}" for k, v, default in (("batch", self.batch, 1), ("seed", self.seed, 0)) if v != default
+        )
         steps = ", ".join(step.to_python() for step in self.steps)
         return f"study.run([{steps}], on={self.backend.to_python()}{extra})"

@@ -100,7 +100,9 @@ class Study:
         for number, key, state, recipe, measurement, created in self._store.candidates(after=last):
             self._keep(number, key, state, Recipe.from_dict(recipe), Measurement.from_dict(measurement), created)
 
-    def _keep(self, number: int, key: str, state: str, recipe: Recipe, measured: Measurement, created: str) -> Candidate:
+    def _keep(
+        self, number: int, key: str, state: str, recipe: Recipe, measured: Measurement, created: str
+    ) -> Candidate:
         candidate = Candidate(number, recipe, measured, created, partial(self._model, state, recipe), self._about)
         self._by_key[key] = candidate
         return candidate
@@ -237,9 +239,7 @@ class Study:
         self.added.emit(candidate)
         return candidate
 
-    def submit(
-        self, steps: Sequence[Step] = (), on: Backend | None = None, batch: int = 1, seed: int = 0
-    ) -> jobs.Job:
+    def submit(self, steps: Sequence[Step] = (), on: Backend | None = None, batch: int = 1, seed: int = 0) -> jobs.Job:
         """`run` as a job on the worker thread; what can be refused is refused here, before it is queued."""
         recipe = Recipe(tuple(steps), on if on is not None else OnnxRuntime(), batch, seed)
         if self._keys(recipe)[0] not in self._by_key:

@@ -43,7 +43,10 @@ _EXPRESSION = re.compile(
 # comparisons of input sizes, which is what several inputs with an open batch axis leave
 _GUARD = re.compile(r"(?:L(?:\['\w+'\]|\[\d+\])+\.size\(\)\[\d+\]|\b(?:and|or|not)\b|\d+|[-+*/%()<>=! ])*")
 _PLAIN = re.compile(r"[^\"\\\n\r()]*")
-_FREE_TEXT = {"stack_trace", "from_node", "source_fn_stack", "torch_fn", "doc_string", "in_spec", "out_spec"}
+# never resolved, or dropped before it is (see `_program.module`)
+_FREE_TEXT = {
+    "stack_trace", "from_node", "source_fn_stack", "torch_fn", "doc_string", "in_spec", "out_spec", "guards_code"
+}  # fmt: skip
 
 _LOCK = threading.Lock()
 

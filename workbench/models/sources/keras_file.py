@@ -201,7 +201,10 @@ def _without_keras(network: nn.Module, example: dict[str, Tensor], request: Requ
     for dynamic in (axes, None):
         try:
             program = torch.export.export(network, tuple(doubled.values()), dynamic_shapes=dynamic, strict=False)
-            return _program.module(program, doubled, keywords=False, classes=classes)
+            module = _program.module(program, doubled, keywords=False, classes=classes)
+            if not hasattr(module, "fixed_batch"):
+                _program.check_against(network, module, doubled, keywords=False)
+            return module
         except Exception as error:  # torch.export raises whatever a layer does
             reasons.append(error)
     raise LoadError(
