@@ -27,6 +27,7 @@ class Inspector(Panel):
     runs_jobs = True
 
     def _build(self) -> list[W.Widget]:
+        self._shown: int | None = None
         self.about = W.HTML()
         self.about.add_class("wb-about")
         self.copy = CopyButton()
@@ -54,7 +55,7 @@ class Inspector(Panel):
         if candidate is None:
             self.about.value = f'<p class="wb-muted">{escape(_NONE)}</p>'
             return
-        if getattr(self, "_shown", None) != candidate.number:
+        if self._shown != candidate.number:
             self.folder.value = f"{self.study.model.name}-{candidate.number}"
             self._shown = candidate.number
         self.about.value = _about(candidate, self.study)
@@ -130,8 +131,8 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {v}" for k, v in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return str(value)
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value in (None, "") else str(value)
 
 
 def _steps(candidate: Candidate, study: Study) -> str:

@@ -19,6 +19,7 @@ class JobBar(W.HBox):
 
     def __init__(self, notices: Notices, queue: jobs.JobQueue = jobs.QUEUE):
         self._notices, self._queue = notices, queue
+        self._drawn: jobs.Job | None = None
         self._told: WeakSet[jobs.Job] = WeakSet(j for j in queue.jobs if j.ended)
         self.words = W.HTML()
         self.share = W.HTML()
@@ -61,10 +62,11 @@ class JobBar(W.HBox):
         else:
             waiting = sum(j.state == "waiting" for j in self._queue.jobs)
             more = f" · {waiting} waiting" if waiting else ""
-            doing = " · ".join(w for w in (job.name, job.message) if w)
+            # the step first, since what does not fit is cut at the end
+            doing = " · ".join(words for words in (job.message, job.name) if words)
             self._say(f"{doing}{more}", job.fraction, fmt.duration(job.remaining_s))
         running = job is not None and not job.ended
-        if not running or job.state == "waiting" or job is not getattr(self, "_drawn", None):
+        if not running or job.state == "waiting" or job is not self._drawn:
             self.cancel.disabled = not running
         self._drawn = job
 

@@ -28,7 +28,9 @@ from workbench.errors import DataError
 from workbench.jobs import SILENT, Progress
 
 _BLOCK_S = 0.02  # a block lasts this long, or MIN_CALLS calls if they are slower
-_SETTLE_S = 0.006  # thread pools of the engine before still spin for some milliseconds: run this long uncounted
+_SETTLE_S = 0.004  # calls before a block that are not counted: caches and clocks come back
+_WATCH_S = 0.01  # a stretch in which this process computes next to nothing before a block begins
+_QUIET_WITHIN_S = 1.0
 _MIN_CALLS = 3
 _RESAMPLES = 1000
 _SCATTER = 0.25  # spread of block medians (interquartile over median) past which a measurement is marked
@@ -182,8 +184,23 @@ class _OtherProcesses:
         return time.perf_counter(), busy, own.user + own.system
 
 
+def _quiesce() -> None:
+    """Wait until the engine before has stopped.
+
+    Its pool of threads goes on spinning after its last call, ONNX Runtime's for about 0.1 s. On as many cores as
+    threads that made an eager ResNet-20 three times slower than it is.
+    """
+    give_up = time.monotonic() + _QUIET_WITHIN_S
+    while time.monotonic() < give_up:
+        used, start = time.process_time(), time.monotonic()
+        time.sleep(_WATCH_S)
+        if time.process_time() - used < 0.1 * (time.monotonic() - start):
+            return
+
+
 def _block(call: Callable[[], Any]) -> np.ndarray:
     clock = time.perf_counter
+    _quiesce()
     settled = clock() + _SETTLE_S
     call()
     while clock() < settled:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import time
 
 import numpy as np
 import pytest
@@ -14,39 +14,66 @@ from workbench import measure
 from workbench.errors import DataError
 
 
-def spin(seconds: float):
-    def call():
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            pass
+class Clock:
+    """Time that passes only when a call takes it, so that what is measured is known exactly."""
 
-    return call
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def taking(self, *milliseconds):
+        """A call that takes these times in turn."""
+        turns = itertools.cycle(milliseconds)
+
+        def call():
+            self.now += next(turns) / 1e3
+
+        return call
 
 
-def test_latency_of_a_known_spin_is_that_spin():
-    found = measure.latency([spin(0.002)], blocks=6)[0]
-    assert found.median_ms == pytest.approx(2.0, rel=0.25)
-    assert found.interval_ms[0] <= found.median_ms <= found.interval_ms[1]
+@pytest.fixture
+def clock(monkeypatch):
+    fake = Clock()
+    monkeypatch.setattr(measure.time, "perf_counter", fake)
+    return fake
+
+
+def test_latency_of_a_known_call_is_that_call(clock):
+    found = measure.latency([clock.taking(2.0)], blocks=6)[0]
+    assert found.median_ms == pytest.approx(2.0)
+    assert found.interval_ms == pytest.approx((2.0, 2.0))
     assert len(found.blocks_ms) == 6
 
 
-def test_ratio_of_two_spins_comes_from_paired_blocks():
-    slow, fast = measure.latency([spin(0.003), spin(0.001)], blocks=8)
+def test_p95_is_of_the_calls_and_not_of_the_blocks(clock):
+    found = measure.latency([clock.taking(*[1.0] * 9, 11.0)], blocks=6)[0]
+    assert found.median_ms == pytest.approx(1.0)
+    assert found.p95_ms == pytest.approx(11.0)
+
+
+def test_ratio_of_two_calls_comes_from_paired_blocks(clock):
+    slow, fast = measure.latency([clock.taking(3.0), clock.taking(1.0)], blocks=8)
     value, (low, high) = measure.ratio(slow, fast)
-    assert low <= value <= high
-    assert value == pytest.approx(3.0, rel=0.3)
+    assert (low, value, high) == pytest.approx((3.0, 3.0, 3.0))
 
 
-def test_ratio_refuses_blocks_that_do_not_pair():
-    a = measure.latency([spin(0.0001)], blocks=5)[0]
-    b = measure.latency([spin(0.0001)], blocks=6)[0]
+def test_a_real_call_takes_real_time():
+    found = measure.latency([lambda: sum(range(1000))], blocks=5)[0]
+    assert 0 < found.interval_ms[0] <= found.median_ms <= found.interval_ms[1]
+
+
+def test_ratio_refuses_blocks_that_do_not_pair(clock):
+    a = measure.latency([clock.taking(1.0)], blocks=5)[0]
+    b = measure.latency([clock.taking(1.0)], blocks=6)[0]
     with pytest.raises(ValueError, match="do not pair"):
         measure.ratio(a, b)
 
 
 def test_too_few_blocks_are_refused():
     with pytest.raises(ValueError, match="at least 5"):
-        measure.latency([spin(0.0001)], blocks=4)
+        measure.latency([lambda: None], blocks=4)
 
 
 def test_bootstrap_interval_of_the_median_covers_it_about_95_times_in_100():

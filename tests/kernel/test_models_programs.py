@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from torch.export import Dim
 import workbench as wb
 from workbench.errors import LoadError
 from workbench.models.export import ExportWarning
+from workbench.models.sources import keras_file
 
 
 class Net(nn.Module):
@@ -297,20 +299,20 @@ def test_script_that_cannot_be_converted_is_kept_and_says_so(tmp_path: Path):
     assert model.layers["parameters"].sum() == model.parameters == 12
 
 
-# Keras, each in a process of its own: its backend is decided once and for all by the first import
+# Keras, in a process of its own: its backend is decided once and for all by the first import
 
 
 with_keras = pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="needs the extra keras")
 
 
-def in_new_process(code: str, folder: Path, **environment: str) -> str:
+def in_new_process(code: str, folder: Path) -> str:
     """Runs code with ``folder`` as its working directory; what it printed."""
     given = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
     root = str(Path(__file__).parents[2])
     found = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
         cwd=folder,
-        env={**given, "PYTHONPATH": root, **environment},
+        env={**given, "PYTHONPATH": root},
         capture_output=True,
         text=True,
         check=False,
@@ -388,42 +390,36 @@ def test_keras_files_load_as_modules_in_their_own_layout_and_export(tmp_path: Pa
     assert found[2] == "['ids: int32 (N, 6)', 'more: float32 (N, 2)'] ['table', 'rnn', 'concatenate', 'tail.a']"
 
 
-@with_keras
-def test_keras_on_another_backend_is_one_clear_error(tmp_path: Path):
+@pytest.fixture
+def keras_archive(tmp_path: Path) -> Path:
     with zipfile.ZipFile(tmp_path / "x.keras", "w") as archive:
         archive.writestr("config.json", "{}")
-    code = """
-        import workbench as wb
-        try:
-            wb.load("x.keras")
-        except wb.errors.LoadError as error:
-            print(error)
-    """
-    assert "KERAS_BACKEND is 'jax'" in in_new_process(code, tmp_path, KERAS_BACKEND="jax")
-    late = "import sys, types; m = types.ModuleType('keras'); m.backend = types.SimpleNamespace(backend=lambda: 'jax');"
-    late += "sys.modules['keras'] = m"
-    assert "already imported with the jax backend" in in_new_process(late + textwrap.dedent(code), tmp_path)
+    return tmp_path / "x.keras"
 
 
-def test_missing_keras_gives_the_line_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    if "keras" in sys.modules:
-        pytest.skip("keras is loaded in this process already")
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "keras" else find(name))
-    with zipfile.ZipFile(tmp_path / "x.keras", "w") as archive:
-        archive.writestr("config.json", "{}")
+def test_keras_on_another_backend_is_one_clear_error(keras_archive: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "keras", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    with pytest.raises(LoadError, match="KERAS_BACKEND is 'jax'"):
+        wb.load(keras_archive)
+    other = types.ModuleType("keras")
+    other.backend = types.SimpleNamespace(backend=lambda: "jax")
+    monkeypatch.setitem(sys.modules, "keras", other)
+    with pytest.raises(LoadError, match="already imported with the jax backend"):
+        wb.load(keras_archive)
+
+
+def test_missing_keras_gives_the_line_that_installs_it(keras_archive: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "keras", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LoadError, match=r'pip install "inference-workbench\[keras\]"'):
-        wb.load(tmp_path / "x.keras")
+        wb.load(keras_archive)
 
 
-def test_damaged_keras_files_are_refused_without_importing_keras(tmp_path: Path):
-    code = """
-        import sys, workbench as wb
-        for name in ("x.keras", "x.h5"):
-            open(name, "wb").write(b"PK\\x03\\x04 and then nothing")
-            try:
-                wb.load(name)
-            except wb.errors.LoadError as error:
-                print("damaged" in str(error), "keras" in sys.modules)
-    """
-    assert in_new_process(code, tmp_path).split() == ["True", "False"] * 2
+@pytest.mark.parametrize("name", ["x.keras", "x.h5"])
+def test_damaged_keras_file_is_refused_before_keras_is_asked(tmp_path: Path, monkeypatch, name: str):
+    monkeypatch.setattr(keras_file, "_keras", lambda: pytest.fail("keras was asked"))
+    (tmp_path / name).write_bytes(b"PK\x03\x04 and then nothing")
+    with pytest.raises(LoadError, match="damaged or incomplete"):
+        wb.load(tmp_path / name)

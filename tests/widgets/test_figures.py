@@ -118,6 +118,7 @@ def test_the_chart_draws_points_by_family_and_backend_and_rings_the_selected(dar
     assert list(points.marker.color) == ["#999999", "#56B4E9", "#E69F00", "#E69F00"]
     assert list(points.marker.symbol) == ["circle", "square", "diamond", "diamond"]
     assert list(points.text) == ["1", "2", "", ""]
+    assert list(points.marker.opacity) == [1.0, 1.0, 1.0, 0.3]
     assert list(trace(figure, SELECTED).x) == [0.21]
     assert figure.layout.xaxis.type == "log"
     assert figure.layout.paper_bgcolor == "rgba(0,0,0,0)"
@@ -144,7 +145,8 @@ def test_a_family_without_a_colour_is_refused_with_those_that_have_one():
         (0.131, (0.128, 0.134), "± 0.003"),
         (0.0220, (0.02199, 0.02201), "± 0.00001"),
         (12.4, (12.3, 12.5), "± 0.1"),
-        (1.0, (0.9, 3.0), "(0.90 to 3.00)"),
+        (1.0, (0.9, 3.0), "(0.900 to 3.00)"),
+        (0.0273, (0.02730, 0.02740), "± 0.0001"),
         (0.5, (0.5, 0.5), "± 0.000"),
     ],
 )

@@ -65,7 +65,7 @@ def test_a_running_job_shows_its_step_its_share_and_can_be_cancelled(bar: JobBar
     work.started.wait(60)
     job._emit()  # reports are throttled to ten a second; this one stands for the next
     _bind.flush()
-    assert "Prune &lt;50&gt; % · epoch &lt;1&gt; of 2" in bar.words.value
+    assert "epoch &lt;1&gt; of 2 · Prune &lt;50&gt; %" in bar.words.value
     assert 'aria-valuenow="50"' in bar.share.value
     assert "50 %" in bar.share.value
     assert not bar.cancel.disabled

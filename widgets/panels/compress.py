@@ -55,7 +55,7 @@ class CompressPanel(Panel):
         self.recipe = W.HTML()
         self.cards = Cards(self._describe, self.bindings.handler)
         self.cards.fill(PRESETS["prune 50 %, fine-tune, int8"])
-        return [top, self.cards, where, self.recipe, actions, self.refused]
+        return [top, self.cards, where, self.recipe, self.refused, actions]
 
     def _listen(self) -> None:
         self.add.on_click(self.bindings.handler(lambda _: self.cards.add(self.kind.value), "Adding a step"))

@@ -66,7 +66,7 @@ class ProfilePanel(Panel):
         self._list_networks()
         self._describe()
         self._draw()
-        return [controls, actions, self.refused, self.facts, self.bars, self.table]
+        return [controls, self.refused, actions, self.facts, self.bars, self.table]
 
     def _listen(self) -> None:
         self.run.on_click(self.bindings.handler(lambda _button: self._run(), "Starting the profile"))

@@ -95,13 +95,16 @@ def family_colour(family: str) -> str:
 def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
     """Values and labels of a log axis whose view reaches from `low` to `high`; a decade beyond, for who zooms out.
 
-    1, 2, 5 and 10 in each decade where few decades are in view, otherwise the decades alone.
+    The fewer decades are in view, the more values of each.
     """
     decades = math.log10(high / low)
-    if decades <= 0.5:
-        mantissas: tuple[float, ...] = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-    else:
-        mantissas = (1, 2, 5) if decades <= 2.5 else (1,)
+    mantissas: tuple[float, ...] = (1,)
+    if decades <= 0.4:
+        mantissas = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    elif decades <= 0.9:
+        mantissas = (1, 1.5, 2, 3, 4, 6)
+    elif decades <= 2.5:
+        mantissas = (1, 2, 5)
     first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
     values = [m * 10.0**e for e in range(first, last + 1) for m in mantissas]
     return values, [f"{v:.10f}".rstrip("0").rstrip(".") for v in values]

@@ -98,10 +98,16 @@ def _point(row: pd.Series, faded: bool) -> Point:
 
 
 def latency_interval(latency_ms: float, interval_ms: tuple[float, float]) -> str:
-    """The interval of a latency, written to the digits of its value and never so short that it reads as zero."""
-    half = float(f"{(interval_ms[1] - interval_ms[0]) / 2:.0e}")  # 0.0999… is 0.1, at one digit
-    digits = max(_decimals(latency_ms, 3), _decimals(half, 1))
-    return fmt.plus_minus(latency_ms, interval_ms, digits=digits)
+    """How sure a latency is, in few characters: ``± 0.003``, or both ends where one lies far out.
+
+    The longer side stands for both, since latencies are skewed and a narrow interval needs no more; it is written to
+    the digits of the latency, and to more where it would read as zero.
+    """
+    below, above = latency_ms - interval_ms[0], interval_ms[1] - latency_ms
+    reach = float(f"{max(below, above):.0e}")
+    if reach > 0.1 * latency_ms and abs(below - above) > 0.5 * reach:
+        return f"({fmt.significant(interval_ms[0])} to {fmt.significant(interval_ms[1])})"
+    return f"± {max(below, above):.{max(_decimals(latency_ms, 3), _decimals(reach, 1))}f}"
 
 
 def _decimals(value: float, significant: int) -> int:
@@ -155,14 +161,14 @@ def pareto_figure(frame: pd.DataFrame, *, selected: int | None = None, dark: boo
     data = [
         *_intervals(info.points, ink),
         *_front(info, ink),
-        _points(info.points, ink),
+        _points(info.points, selected, ink),
         _ring(info.points, selected, ink),
         *_legend(info.points, ink),
     ]
     return Figure(data=data, layout=_layout(info, dark))
 
 
-def _points(points: tuple[Point, ...], ink: style.Ink) -> dict[str, Any]:
+def _points(points: tuple[Point, ...], selected: int | None, ink: style.Ink) -> dict[str, Any]:
     symbol = style.symbols(p.backend for p in points)
     return {
         "type": "scatter",
@@ -180,7 +186,7 @@ def _points(points: tuple[Point, ...], ink: style.Ink) -> dict[str, Any]:
             "size": 12,
             "symbol": [symbol[p.backend] for p in points],
             "color": [style.family_colour(p.family) for p in points],
-            "opacity": [0.3 if p.faded else 1.0 for p in points],
+            "opacity": [0.3 if p.faded and p.number != selected else 1.0 for p in points],
             "line": {"color": ink.muted, "width": [1.2 if p.family in style.OUTLINED else 0 for p in points]},
         },
         "showlegend": False,

@@ -177,7 +177,7 @@ def test_cancel_answers_while_a_cell_is_busy(opened: Lab):
         "() => { window.panel.content.activeCellIndex = 1; window.jupyterapp.commands.execute('notebook:run-cell'); }"
     )
     jobs = page.locator(".wb-jobs")
-    jobs.get_by_text("Endless work · going on").wait_for()
+    jobs.get_by_text("going on · Endless work").wait_for()
     jobs.get_by_role("button", name="Cancel").click()  # the cell waits for this; on its own it never ends
     page.locator(".wb-notices", has_text="Endless work was cancelled").wait_for()
     assert "was cancelled at 40%; what was finished is kept." in opened.python("print(answer)")
