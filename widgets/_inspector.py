@@ -12,7 +12,6 @@ from widgets._copy import CopyButton
 from widgets._panel import Panel
 from workbench import formatting as fmt
 from workbench import jobs
-from workbench.figures.pareto import latency_interval
 from workbench.jobs import Progress
 from workbench.study import Candidate, Study
 
@@ -92,7 +91,7 @@ def _about(candidate: Candidate, study: Study) -> str:
     base = study.baseline
     rows = [
         ("accuracy", fmt.accuracy(m.accuracy), fmt.plus_minus(m.accuracy, m.accuracy_interval, 100)),
-        ("latency", fmt.milliseconds(m.latency_ms), latency_interval(m.latency_ms, m.latency_interval_ms)),
+        ("latency", fmt.milliseconds(m.latency_ms), fmt.latency_interval(m.latency_ms, m.latency_interval_ms)),
         ("latency, p95", fmt.milliseconds(m.latency_p95_ms), ""),
         ("speed-up", fmt.factor(m.speedup), ""),
         ("throughput", f"{fmt.significant(m.throughput_per_s)} /s", ""),

@@ -74,6 +74,24 @@ def plus_minus(value: float, interval: tuple[float, float], scale: float = 1.0, 
     return f"± {(below + above) / 2:.{digits}f}"
 
 
+def latency_interval(latency_ms: float, interval_ms: tuple[float, float]) -> str:
+    """How sure a latency is, in few characters: ``± 0.003``, or both ends where one lies far out.
+
+    The longer side stands for both, since latencies are skewed and a narrow interval needs no more; it is written to
+    the digits of the latency, and to more where it would read as zero.
+    """
+    below, above = latency_ms - interval_ms[0], interval_ms[1] - latency_ms
+    reach = float(f"{max(below, above):.0e}")
+    if reach > 0.1 * latency_ms and abs(below - above) > 0.5 * reach:
+        return f"({significant(interval_ms[0])} to {significant(interval_ms[1])})"
+    return f"± {max(below, above):.{max(_decimals(latency_ms, 3), _decimals(reach, 1))}f}"
+
+
+def _decimals(value: float, significant: int) -> int:
+    """Decimals at which a positive number shows so many significant digits; 0 where it is none."""
+    return max(significant - 1 - math.floor(math.log10(value)), 0) if value > 0 and math.isfinite(value) else 0
+
+
 def duration(seconds: float | None) -> str:
     """Minutes and seconds left: ``0:08``; empty where unknown."""
     return "" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

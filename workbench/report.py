@@ -84,7 +84,7 @@ def rows(candidates: list[Candidate]) -> list[tuple[str, ...]]:
                 fmt.accuracy(m.accuracy, unit=False),
                 fmt.plus_minus(m.accuracy, m.accuracy_interval, 100),
                 ("~" if m.contended else "") + fmt.milliseconds(m.latency_ms, unit=False),
-                fmt.plus_minus(m.latency_ms, m.latency_interval_ms, digits=3),
+                fmt.latency_interval(m.latency_ms, m.latency_interval_ms),
                 fmt.factor(m.speedup),
                 fmt.significant(m.throughput_per_s),
                 fmt.size(m.size_bytes),

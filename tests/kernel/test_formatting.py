@@ -47,6 +47,21 @@ def test_symmetric_interval_is_plus_minus_and_a_lopsided_one_shows_both_ends():
     assert fmt.plus_minus(0.99, (0.90, 0.995), 100) == "(90.00 to 99.50)"
 
 
+@pytest.mark.parametrize(
+    ("value", "interval", "words"),
+    [
+        (0.131, (0.128, 0.134), "± 0.003"),
+        (0.0220, (0.02199, 0.02201), "± 0.00001"),
+        (12.4, (12.3, 12.5), "± 0.1"),
+        (1.0, (0.9, 3.0), "(0.900 to 3.00)"),
+        (0.0273, (0.02730, 0.02740), "± 0.0001"),
+        (0.5, (0.5, 0.5), "± 0.000"),
+    ],
+)
+def test_latency_interval_has_the_digits_of_its_value_and_is_never_zero_by_rounding(value, interval, words):
+    assert fmt.latency_interval(value, interval) == words
+
+
 def test_differences_carry_a_sign():
     assert fmt.signed(-0.5, "0.50") == "−0.50"
     assert fmt.signed(0.5, "0.50") == "+0.50"

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from workbench.figures import _style, pareto, profile_bars
-from workbench.figures.pareto import POINTS, SELECTED, latency_interval, pareto_figure
+from workbench.figures.pareto import POINTS, SELECTED, pareto_figure
 from workbench.figures.profile_bars import profile_bars_figure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,21 +137,6 @@ def test_an_empty_study_says_what_to_do_first():
 def test_a_family_without_a_colour_is_refused_with_those_that_have_one():
     with pytest.raises(ValueError, match=r"'frozen' has no colour\. Accepted: dense, pruned"):
         pareto_figure(candidates(family=["dense", "frozen", "pruned", "pruned"]))
-
-
-@pytest.mark.parametrize(
-    ("value", "interval", "words"),
-    [
-        (0.131, (0.128, 0.134), "± 0.003"),
-        (0.0220, (0.02199, 0.02201), "± 0.00001"),
-        (12.4, (12.3, 12.5), "± 0.1"),
-        (1.0, (0.9, 3.0), "(0.900 to 3.00)"),
-        (0.0273, (0.02730, 0.02740), "± 0.0001"),
-        (0.5, (0.5, 0.5), "± 0.000"),
-    ],
-)
-def test_latency_interval_has_the_digits_of_its_value_and_is_never_zero_by_rounding(value, interval, words):
-    assert latency_interval(value, interval) == words
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def _point(row: pd.Series, faded: bool) -> Point:
         f"<b>{int(row['candidate'])}: {style.plain(row['recipe'])}</b>",
         f"{style.plain(row['backend'])} · batch {int(row['batch'])} · {style.plain(row['precision'])}",
         f"accuracy {fmt.accuracy(accuracy)} {fmt.plus_minus(accuracy, interval, 100)}",
-        f"latency {fmt.milliseconds(latency)} {latency_interval(latency, between)}",
+        f"latency {fmt.milliseconds(latency)} {fmt.latency_interval(latency, between)}",
         f"{fmt.factor(float(row['speedup']))} · {fmt.size(float(row['size_bytes']))}",
     ]
     if bool(row["contended"]):
@@ -95,24 +95,6 @@ def _point(row: pd.Series, faded: bool) -> Point:
         faded=faded,
         hover="<br>".join(lines),
     )
-
-
-def latency_interval(latency_ms: float, interval_ms: tuple[float, float]) -> str:
-    """How sure a latency is, in few characters: ``± 0.003``, or both ends where one lies far out.
-
-    The longer side stands for both, since latencies are skewed and a narrow interval needs no more; it is written to
-    the digits of the latency, and to more where it would read as zero.
-    """
-    below, above = latency_ms - interval_ms[0], interval_ms[1] - latency_ms
-    reach = float(f"{max(below, above):.0e}")
-    if reach > 0.1 * latency_ms and abs(below - above) > 0.5 * reach:
-        return f"({fmt.significant(interval_ms[0])} to {fmt.significant(interval_ms[1])})"
-    return f"± {max(below, above):.{max(_decimals(latency_ms, 3), _decimals(reach, 1))}f}"
-
-
-def _decimals(value: float, significant: int) -> int:
-    """Decimals at which a positive number shows so many significant digits; 0 where it is none."""
-    return max(significant - 1 - math.floor(math.log10(value)), 0) if value > 0 and math.isfinite(value) else 0
 
 
 def _accuracy_range(points: tuple[Point, ...]) -> tuple[float, float]:
