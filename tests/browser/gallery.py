@@ -41,6 +41,9 @@ def main() -> None:
             session.page.wait_for_timeout(1500)  # until plotly has drawn again; a script, not a test
             session.page.locator(".wb-app").screenshot(path=folder / name)
             print(folder / name)
+        print(
+            session.python("print(int(study.frame()['contended'].sum()), 'candidates were measured on a busy machine')")
+        )
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ class OpenVINOEngine(Engine):
                 "wb.OnnxRuntime()."
             )
         layers = self._lineage.layers([Kernel(kind, sources) for _, kind, sources, _ in counters[0]])
-        # what takes under a microsecond is reported as not run, and would be a row of nothing
+        # what has no implementation of its own, such as a reshape, never runs and would be a row of nothing
         ran = [i for i in range(len(layers)) if any(group[i][3] > 0 for group in counters)]
         return [
             OpTiming(counters[0][i][0], counters[0][i][1], layers[i], tuple(group[i][3] for group in counters))
@@ -268,9 +268,14 @@ class OpenVINOEngine(Engine):
 def _totals_ms(request: Any, calls: int) -> list[float]:
     """Milliseconds of each operation in all calls so far, in the middle of what was rounded away."""
     return [
-        calls * (info.real_time.total_seconds() * 1e3 + 0.5e-3) if info.status == info.Status.EXECUTED else 0.0
+        calls * (info.real_time.total_seconds() * 1e3 + 0.5e-3) if _runs(info) else 0.0
         for info in request.get_profiling_info()
     ]
+
+
+def _runs(info: Any) -> bool:
+    """Whether an operation is executed: one of under a microsecond is reported as not run, yet is implemented."""
+    return info.status == info.Status.EXECUTED or not info.exec_type.startswith(("undef", "unknown"))
 
 
 def _text(info: Any, key: str) -> str:
