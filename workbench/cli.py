@@ -31,7 +31,11 @@ _RUN_KEYS = ("model", "architecture", "task", "data", "store", "recipes")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 an error told on stderr, 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command is not _lab:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
     try:
         options.command(options)
     except WorkbenchError as error:
@@ -71,8 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--csv", help="write the whole table to this file")
     command.set_defaults(command=_profile)
 
-    command = commands.add_parser("lab", help="open JupyterLab on the notebooks")
-    command.add_argument("options", nargs=argparse.REMAINDER, help="passed on to jupyter lab")
+    command = commands.add_parser("lab", help="open JupyterLab on the notebooks; options are passed on to it")
     command.set_defaults(command=_lab)
 
     command = commands.add_parser("doctor", help="which backends are usable here, and how to enable the others")
@@ -178,7 +181,7 @@ def _lab(options: argparse.Namespace) -> None:
         bundled, notebooks = Path(__file__).parent / "notebooks", Path.cwd() / "workbench-notebooks"
         if not notebooks.exists():
             shutil.copytree(bundled, notebooks)
-    jupyter_lab([str(notebooks / "00_start.ipynb"), *options.options])
+    jupyter_lab([str(notebooks / "00_start.ipynb"), *options.rest])
 
 
 def _doctor(_: argparse.Namespace) -> None:

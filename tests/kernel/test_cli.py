@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from workbench import cli
@@ -69,3 +71,21 @@ def test_doctor_lists_every_backend(capsys):
 def test_an_unknown_model_is_an_error_with_the_nearest_name(capsys):
     assert cli.main(["profile", "lenet6"]) == 1
     assert "lenet5" in capsys.readouterr().err
+
+
+def test_lab_opens_the_first_notebook_and_passes_its_options_on(monkeypatch):
+    from jupyterlab import labapp
+
+    given = []
+    monkeypatch.setattr(labapp, "main", given.extend)
+    assert cli.main(["lab", "--no-browser", "--port=9999"]) == 0
+    notebook, *options = given
+    assert Path(notebook).is_file() and Path(notebook).name == "00_start.ipynb"
+    assert options == ["--no-browser", "--port=9999"]
+
+
+def test_options_nobody_takes_are_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor", "--no-browser"])
+    assert ended.value.code == 2
+    assert "--no-browser" in capsys.readouterr().err
