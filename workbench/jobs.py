@@ -7,6 +7,7 @@ measurements never disturb each other.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -18,6 +19,7 @@ from psygnal import Signal
 from workbench.errors import Cancelled
 
 _EMIT_EVERY_S = 0.1
+_LOG = logging.getLogger(__name__)
 
 
 class Progress:
@@ -166,9 +168,7 @@ class Job:
         try:
             self.changed.emit(self)
         except Exception:  # a listener's fault must not end the work; a panel's own slots catch and show theirs
-            import logging
-
-            logging.getLogger(__name__).exception("a listener of %r failed", self)
+            _LOG.exception("a listener of %r failed", self)
 
 
 class JobQueue:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from html import escape
 from typing import Any
 
 import onnx
@@ -166,6 +167,4 @@ class Model:
         return f"<Model {self.name}: {kind}, {size}, {self.precision}, weights {self.weights}; {ins}>"
 
     def _repr_html_(self) -> str:
-        from html import escape
-
         return f"<p>{escape(repr(self)[1:-1])}</p>" + self.layers.to_html(index=False, border=0, escape=True)
