@@ -196,9 +196,12 @@ def test_nothing_is_cut_and_colours_follow_the_theme(opened: Lab, pictures: Path
         app = page.locator(".wb-app").bounding_box()
         if title in ("Profile", "Compare"):  # charts are drawn again for the theme, and as wide as there is room
             page.wait_for_function(
-                """(text) => [...document.querySelectorAll('.wb-chart .js-plotly-plot')]
-                    .filter((chart) => chart.clientWidth > 0)
-                    .every((chart) => chart._fullLayout.font.color === text)""",
+                """(text) => {
+                    const charts = [...document.querySelectorAll('.wb-chart .js-plotly-plot')]
+                        .filter((chart) => chart.clientWidth > 0);
+                    const drawn = (chart) => chart._fullLayout?.font.color === text && chart.querySelector('.point');
+                    return charts.length > 0 && charts.every(drawn);
+                }""",
                 arg=text,
             )
             page.wait_for_function(FITTED)
