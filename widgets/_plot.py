@@ -41,6 +41,11 @@ class Plot(W.Output):
         data = {MIME: content, "text/plain": words}
         self.outputs = ({"output_type": "display_data", "data": data, "metadata": {}},)
 
+    def redraw(self) -> None:
+        """Draw the same again: a figure that changed while its panel was hidden found no room, and keeps none."""
+        outputs, self.outputs = self.outputs, ()
+        self.outputs = outputs
+
 
 class ClickPlot(W.VBox):
     """A figure whose points can be clicked; its widget is made by `load`, on which plotly's own 5 MB go to the page.

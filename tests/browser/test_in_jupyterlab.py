@@ -198,7 +198,7 @@ def test_nothing_is_cut_and_colours_follow_the_theme(opened: Lab, pictures: Path
             page.wait_for_function(
                 """(text) => {
                     const charts = [...document.querySelectorAll('.wb-chart .js-plotly-plot')]
-                        .filter((chart) => chart.clientWidth > 0);
+                        .filter((chart) => chart.clientWidth > 0 && chart.clientHeight > 0);
                     const drawn = (chart) => chart._fullLayout?.font.color === text && chart.querySelector('.point');
                     return charts.length > 0 && charts.every(drawn);
                 }""",

@@ -68,6 +68,9 @@ class ProfilePanel(Panel):
         self._draw()
         return [controls, self.refused, actions, self.facts, self.bars, self.table]
 
+    def come_into_view(self) -> None:
+        self.bars.redraw()
+
     def _listen(self) -> None:
         self.run.on_click(self.bindings.handler(lambda _button: self._run(), "Starting the profile"))
         self.bindings.connect(self.study.added, lambda _candidate: self._list_networks(), "Listing the candidates")
