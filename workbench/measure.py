@@ -146,7 +146,7 @@ def latency(
     for call in calls:
         call()
     begin = time.perf_counter()
-    others = _OtherProcesses()
+    others = OtherProcesses()
     done = 0
     # the collector would stop one side's call in the middle; it runs between blocks instead
     enabled = gc.isenabled()
@@ -157,16 +157,17 @@ def latency(
             # every second round goes backwards, so that no side always follows the same neighbour
             order = range(len(calls)) if done % 2 == 0 else range(len(calls) - 1, -1, -1)
             for index in order:
-                samples[index].append(_block(calls[index]))
+                quiesce()
+                samples[index].append(block(calls[index]))
             done += 1
     finally:
         if enabled:
             gc.enable()
-    busy = others.cores() > _OTHERS
-    return [_summary(side, busy) for side in samples]
+    busy = others.busy()
+    return [summary(side, busy) for side in samples]
 
 
-class _OtherProcesses:
+class OtherProcesses:
     """How many cores everything but this process keeps busy, the hypervisor's share included."""
 
     def __init__(self) -> None:
@@ -177,6 +178,10 @@ class _OtherProcesses:
         now, everyone, mine = (b - a for a, b in zip(self._start, self._used(), strict=True))
         return (everyone - mine) / now if now >= 0.1 else math.nan
 
+    def busy(self) -> bool:
+        """Whether they kept more than a fifth of a core busy."""
+        return self.cores() > _OTHERS
+
     @staticmethod
     def _used() -> tuple[float, float, float]:
         times, own = psutil.cpu_times(), psutil.Process().cpu_times()
@@ -184,7 +189,7 @@ class _OtherProcesses:
         return time.perf_counter(), busy, own.user + own.system
 
 
-def _quiesce() -> None:
+def quiesce() -> None:
     """Wait until the engine before has stopped.
 
     Its pool of threads goes on spinning after its last call, ONNX Runtime's for about 0.1 s. On as many cores as
@@ -198,15 +203,15 @@ def _quiesce() -> None:
             return
 
 
-def _block(call: Callable[[], Any]) -> np.ndarray:
+def block(call: Callable[[], Any], seconds: float = _BLOCK_S) -> np.ndarray:
+    """Milliseconds of each call, one after another for `seconds`, at least three, after a few not counted."""
     clock = time.perf_counter
-    _quiesce()
     settled = clock() + _SETTLE_S
     call()
     while clock() < settled:
         call()
     times = []
-    end = clock() + _BLOCK_S
+    end = clock() + seconds
     while len(times) < _MIN_CALLS or clock() < end:
         start = clock()
         call()
@@ -214,7 +219,8 @@ def _block(call: Callable[[], Any]) -> np.ndarray:
     return np.asarray(times) * 1e3
 
 
-def _summary(blocks: list[np.ndarray], busy: bool) -> Latency:
+def summary(blocks: Sequence[np.ndarray], busy: bool) -> Latency:
+    """The latency in blocks of times in milliseconds; `busy` says whether other processes were."""
     medians = np.array([np.median(b) for b in blocks])
     everything = np.concatenate(blocks)
     low, high = bootstrap_median(medians)

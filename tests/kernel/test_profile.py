@@ -7,7 +7,10 @@ import pytest
 import workbench as wb
 from workbench.errors import DataError
 
-COLUMNS = ["name", "layer", "type", "latency_ms", "latency_p95_ms", "share", "macs", "parameters", "output_shape"]
+COLUMNS = [
+    *("name", "layer", "type", "kind", "latency_ms", "latency_p95_ms", "share", "macs", "parameters"),
+    *("input_shape", "output_shape", "read_bytes", "written_bytes", "activation_bytes", "intensity", "precision"),
+]
 
 
 @pytest.fixture(scope="module", params=["Eager", "OnnxRuntime", "OpenVINO"])

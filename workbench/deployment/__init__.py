@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from workbench.deployment import package
-from workbench.deployment._base import Availability, Backend, Engine, OpTiming, Output, physical_cores
+from workbench.deployment._base import Availability, Backend, Engine, Output, physical_cores
+from workbench.deployment._timing import OpTiming, Port, Recorder
 from workbench.deployment.compiled import Compiled
 from workbench.deployment.eager import Eager
 from workbench.deployment.onnxruntime import OnnxRuntime
@@ -32,6 +33,8 @@ __all__ = [
     "OpTiming",
     "OpenVINO",
     "Output",
+    "Port",
+    "Recorder",
     "backend_from_dict",
     "open",
     "physical_cores",

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 
 from workbench.deployment import package
+from workbench.deployment._timing import OpTiming, Recorder
 from workbench.errors import BackendError, BackendUnavailable, DataError, RecipeError, nearest
 from workbench.jobs import SILENT, Progress
 from workbench.models.model import Model, TensorSpec
@@ -43,29 +44,6 @@ class Availability:
     usable: bool
     why: str = ""
     command: str = ""
-
-
-@dataclass(frozen=True)
-class OpTiming:
-    """What one operation of an engine cost, call by call.
-
-    Attributes
-    ----------
-    name
-        The engine's own name of the kernel or module.
-    type
-        Its operation: ``Conv``, ``QLinearConv``, ``Linear``.
-    layers
-        The model's layers it belongs to, those it absorbed by fusion included; empty where unknown.
-    times_ms
-        One entry per profiled call of the engine; where the engine reports averages only (OpenVINO), one entry per
-        group of calls. All rows of a profile have the same number of entries.
-    """
-
-    name: str
-    type: str
-    layers: tuple[str, ...]
-    times_ms: tuple[float, ...]
 
 
 def physical_cores() -> int:
@@ -280,11 +258,20 @@ class Engine(ABC):
         """Run inputs of the right number, dtype and shape."""
 
     @abstractmethod
-    def profile(self, inputs: Sequence[np.ndarray], repeats: int = 50) -> list[OpTiming]:
-        """Time each operation over `repeats` calls, in execution order, after a short warm-up.
+    def recorder(self, inputs: Sequence[np.ndarray]) -> Recorder:
+        """What records the operations of calls with these inputs; the engine's own profiler where it has one.
 
-        The engine's own profiler is used where it has one, and what that adds to each operation is taken off; the
-        rows of one call never add up to more than the call took.
+        Raises
+        ------
+        BackendError
+            If the engine cannot tell its operations apart.
+        """
+
+    def profile(self, inputs: Sequence[np.ndarray], repeats: int = 50) -> list[OpTiming]:
+        """Time each operation over `repeats` calls, in execution order.
+
+        What the profiler adds to each operation is taken off. `workbench.profile` also says how they compare with the
+        whole call.
 
         Raises
         ------
@@ -293,6 +280,11 @@ class Engine(ABC):
         BackendError
             If the engine is closed, or cannot tell its operations apart.
         """
+        self(*inputs)
+        with self.recorder(inputs) as recorder:
+            for calls in recorder.parts(repeats):
+                recorder.block(calls)
+            return recorder.rows()
 
     @abstractmethod
     def artifact(self) -> dict[str, bytes]:

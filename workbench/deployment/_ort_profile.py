@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from workbench.deployment._base import OpTiming
 from workbench.deployment._rows import Kernel, Lineage
+from workbench.deployment._timing import Kind, OpTiming, Port, Recorder
 from workbench.errors import BackendError
 
 _WARM_UP = 5
@@ -21,64 +22,143 @@ _SUFFIX = "_kernel_time"
 _CHAIN = 48  # kernels of the graphs that the profiler's own cost is measured on
 _FEW, _MANY = 2, 10  # inputs of each of those kernels
 
+Session = Callable[..., Any]  # makes a session of a graph's bytes and further session options
 
-def profile(session: Callable[..., Any], data: bytes, feeds: dict[str, np.ndarray], repeats: int) -> list[OpTiming]:
-    """Time each kernel over `repeats` runs of a second session with the profiler on.
+# operations that compute nothing of the model: they change how numbers lie or are written
+_MOVES = {
+    *("ReorderInput", "ReorderOutput", "Transpose", "Cast", "Identity"),
+    *("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MemcpyToHost", "MemcpyFromHost"),
+}
+_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8", "uint8": "int8"}
+_DTYPES = {"float": "float32", "double": "float64", "half": "float16"}
+
+
+class OrtRecorder(Recorder):
+    """A second session with the profiler on.
 
     The profiler writes down the shapes of a kernel's inputs and the state of the threads before it stops the kernel's
     clock. That adds some microseconds to each, and can double a small network; what it adds is measured on kernels
     that do next to nothing, and taken off.
-
-    Parameters
-    ----------
-    session
-        Makes a session of a graph's bytes and further session options.
     """
-    few, many = (_overhead_ms(session, inputs) for inputs in (_FEW, _MANY))
-    runs, optimised = _runs(session, data, feeds, repeats)
-    tensors = {node.name: (tuple(node.input), tuple(node.output)) for node in optimised.graph.node}
-    kernels = []
-    for event in runs[0]:
-        name = event["name"].removesuffix(_SUFFIX)
-        kernels.append(Kernel(event["args"]["op_name"], (name,), *tensors.get(name, ())))
-    layers = Lineage.of(onnx.load_model_from_string(data)).layers(kernels)
-    rows = []
-    for index, kernel in enumerate(kernels):
-        inputs = len(runs[0][index]["args"]["input_type_shape"])
-        extra_ms = max(few + (many - few) * (inputs - _FEW) / (_MANY - _FEW), 0.0)
-        times = tuple(max(run[index]["dur"] / 1e3 - extra_ms, 0.0) for run in runs)
-        rows.append(OpTiming(kernel.sources[0], kernel.type, layers[index], times))
-    return rows
+
+    def __init__(self, session: Session, data: bytes, feeds: dict[str, np.ndarray]):
+        self._make, self._data, self._feeds = session, data, feeds
+        self._log = _Log(session, data)
+        self._counted: list[int] = []
+        self._made = 0
+
+    def block(self, calls: int) -> list[float]:
+        walls = []
+        for index in range(_WARM_UP + calls):
+            start = time.perf_counter()
+            self._log.session.run(None, self._feeds)
+            walls.append((time.perf_counter() - start) * 1e3)
+            if index >= _WARM_UP:
+                self._counted.append(self._made)
+            self._made += 1
+        return walls[_WARM_UP:]
+
+    def rows(self) -> list[OpTiming]:
+        runs, optimised = self._log.read()
+        runs = [runs[i] for i in self._counted if i < len(runs)]
+        if len(runs) < len(self._counted) or len({tuple(e["name"] for e in run) for run in runs}) != 1 or not runs[0]:
+            raise BackendError(
+                "ONNX Runtime's profile cannot be laid out as rows: the runs executed different kernels, or too many "
+                "for its buffer of a million events. Profile with fewer repeats, or with wb.Eager()."
+            )
+        few, many = (_overhead_ms(self._make, inputs) for inputs in (_FEW, _MANY))
+        nodes = {node.name: node for node in optimised.graph.node}
+        weights = {t.name: _stored_bytes(t) for t in optimised.graph.initializer}
+        kernels = []
+        for event in runs[0]:
+            name = event["name"].removesuffix(_SUFFIX)
+            node = nodes.get(name)
+            tensors = ((), ()) if node is None else (tuple(node.input), tuple(node.output))
+            kernels.append(Kernel(event["args"]["op_name"], (name,), *tensors))
+        layers = Lineage.of(onnx.load_model_from_string(self._data)).layers(kernels)
+        rows = []
+        for index, kernel in enumerate(kernels):
+            args = runs[0][index]["args"]
+            extra_ms = max(few + (many - few) * (len(args["input_type_shape"]) - _FEW) / (_MANY - _FEW), 0.0)
+            times = tuple(max(run[index]["dur"] / 1e3 - extra_ms, 0.0) for run in runs)
+            rows.append(
+                OpTiming(
+                    kernel.sources[0], kernel.type, layers[index], times,
+                    **_about(kernel, args, nodes.get(kernel.sources[0]), weights),
+                )
+            )  # fmt: skip
+        return rows
+
+    def close(self) -> None:
+        self._log.close()
 
 
-def _runs(
-    session: Callable[..., Any], data: bytes, feeds: dict[str, np.ndarray], repeats: int
-) -> tuple[list[list[dict[str, Any]]], onnx.ModelProto]:
-    """The kernel events of each of the last `repeats` runs, in the order they started, and the graph that ran."""
-    with tempfile.TemporaryDirectory() as folder:
-        graph = Path(folder) / "optimised.onnx"
-        prefix = str(Path(folder) / "run")
-        profiled = session(data, enable_profiling=True, profile_file_prefix=prefix, optimized_model_filepath=str(graph))
-        for _ in range(_WARM_UP + repeats):
-            profiled.run(None, feeds)
-        events = json.loads(Path(profiled.end_profiling()).read_text(encoding="utf-8"))
-        optimised = onnx.load(graph)
-    runs: list[list[dict[str, Any]]] = []
-    current: list[dict[str, Any]] = []
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith(_SUFFIX):
-            current.append(event)
-        elif event.get("name") == "model_run":  # written when the run ends, after all its kernels
-            runs.append(_outermost(current))
-            current = []
-    runs = runs[-repeats:]
-    sequences = {tuple(event["name"] for event in run) for run in runs}
-    if len(runs) < repeats or len(sequences) != 1 or not runs[0]:
-        raise BackendError(
-            "ONNX Runtime's profile cannot be laid out as rows: the runs executed different kernels, or too many for "
-            "its buffer of a million events. Profile with fewer repeats, or with wb.Eager()."
+class _Log:
+    """A session that writes down what it does, and that log."""
+
+    def __init__(self, session: Session, data: bytes):
+        self._folder = tempfile.TemporaryDirectory()
+        self._graph = Path(self._folder.name) / "optimised.onnx"
+        prefix = str(Path(self._folder.name) / "run")
+        self.session = session(
+            data, enable_profiling=True, profile_file_prefix=prefix, optimized_model_filepath=str(self._graph)
         )
-    return runs, optimised
+
+    def read(self) -> tuple[list[list[dict[str, Any]]], onnx.ModelProto]:
+        """The kernel events of each run, in the order they started, and the graph that ran; once only."""
+        events = json.loads(Path(self.session.end_profiling()).read_text(encoding="utf-8"))
+        runs: list[list[dict[str, Any]]] = []
+        current: list[dict[str, Any]] = []
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith(_SUFFIX):
+                current.append(event)
+            elif event.get("name") == "model_run":  # written when the run ends, after all its kernels
+                runs.append(_outermost(current))
+                current = []
+        return runs, onnx.load(self._graph)
+
+    def close(self) -> None:
+        self.session = None
+        self._folder.cleanup()
+
+
+def _about(
+    kernel: Kernel, args: Mapping[str, Any], node: onnx.NodeProto | None, weights: Mapping[str, int]
+) -> dict[str, Any]:
+    """What the profiler and the optimised graph say of a kernel besides its time."""
+    kind: Kind = "move" if kernel.type in _MOVES else "layer"
+    shapes = [_port("", entry) for entry in args.get("input_type_shape", ())]
+    written = [
+        _port(name, entry) for name, entry in zip(kernel.writes, args.get("output_type_shape", ()), strict=False)
+    ]
+    if node is None:
+        return {"kind": kind, "writes": tuple(written)}
+    activations = [name for name in node.input if name and name not in weights]
+    # weights packed beforehand are left out of the shapes, and activations come first
+    read = [Port(name, port.shape, port.dtype) for name, port in zip(activations, shapes, strict=False)]
+    held = [weights[name] for name in node.input if name in weights]
+    kernel_shape = next((tuple(a.ints) for a in node.attribute if a.name == "kernel_shape"), ())
+    dtype = (read or written)[0].dtype if read or written else ""
+    return {
+        "kind": kind,
+        "reads": tuple(read),
+        "writes": tuple(written),
+        "weight_bytes": sum(held),
+        "precision": "" if kind == "move" else _PRECISIONS.get(dtype, dtype),
+        "kernel": kernel_shape,
+    }
+
+
+def _port(name: str, entry: Mapping[str, list[int]]) -> Port:
+    """A tensor as the profiler describes it: ``{"float": [1, 3, 32, 32]}``."""
+    ((dtype, shape),) = entry.items()
+    return Port(name, tuple(shape), _DTYPES.get(dtype, dtype))
+
+
+def _stored_bytes(tensor: onnx.TensorProto) -> int:
+    return (
+        len(tensor.raw_data) or math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    )
 
 
 def _outermost(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -91,7 +171,7 @@ def _outermost(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _overhead_ms(session: Callable[..., Any], inputs: int) -> float:
+def _overhead_ms(session: Session, inputs: int) -> float:
     """What the profiler adds to one kernel, from a chain of sums of `inputs` numbers each.
 
     It is the kernels' mean recorded time less their true time, which is how much longer the chain takes than a short
@@ -99,7 +179,14 @@ def _overhead_ms(session: Callable[..., Any], inputs: int) -> float:
     """
     feeds = {"x": np.ones((1, 1, 1, 1), np.float32)}
     long, short = _chain(_CHAIN, inputs), _chain(1, inputs)
-    recorded = [np.mean([event["dur"] / 1e3 for event in run]) for run in _runs(session, long, feeds, 30)[0]]
+    log = _Log(session, long)
+    try:
+        for _ in range(_WARM_UP + 30):
+            log.session.run(None, feeds)
+        runs = log.read()[0][_WARM_UP:]
+    finally:
+        log.close()
+    recorded = [np.mean([event["dur"] / 1e3 for event in run]) for run in runs]
     true_ms = max(_plain_ms(session(long), feeds) - _plain_ms(session(short), feeds), 0.0) / (_CHAIN - 1)
     return max(float(np.median(recorded)) - true_ms, 0.0)
 

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workbench.deployment._base import Availability, OpTiming
+from workbench.deployment._base import Availability
+from workbench.deployment._timing import Recorder
 from workbench.deployment._torch import TorchBackend, TorchEngine
 from workbench.errors import BackendError
 
@@ -93,7 +94,7 @@ class CompiledEngine(TorchEngine):
 
         return call
 
-    def profile(self, inputs: Sequence[np.ndarray], repeats: int = 50) -> list[OpTiming]:
+    def recorder(self, inputs: Sequence[np.ndarray]) -> Recorder:
         raise BackendError("Per-layer profiles of compiled models are not available; profile with wb.Eager().")
 
 

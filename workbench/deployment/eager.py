@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from workbench.deployment._base import OpTiming
+from workbench.deployment._timing import OpTiming, Recorder
 from workbench.deployment._torch import TorchBackend, TorchEngine
 from workbench.errors import BackendError
 
@@ -44,39 +44,41 @@ class Eager(TorchBackend):
 class EagerEngine(TorchEngine):
     """The module, called."""
 
-    def profile(self, inputs: Sequence[np.ndarray], repeats: int = 50) -> list[OpTiming]:
-        self(*inputs)
-        watch = _Stopwatch(self._module, self._device)
-        watch.run(lambda: self.raw(tuple(inputs)), repeats)
-        return watch.rows()
+    def recorder(self, inputs: Sequence[np.ndarray]) -> Recorder:
+        return _Stopwatch(self, tuple(inputs))
 
 
-class _Stopwatch:
+class _Stopwatch(Recorder):
     """Times the modules that call no other module, by hooks; functional operations between them are not seen.
 
     Most are leaves. One that computes with its children's weights itself, such as attention, counts as one row.
     """
 
-    def __init__(self, module: nn.Module, device: str):
-        self._module, self._device = module, device
+    def __init__(self, engine: EagerEngine, inputs: tuple[np.ndarray, ...]):
+        self._module, self._device = engine._module, engine._device
+        self._call = lambda: engine(*inputs)
+        self._inner = self._callees(self._call)
         self._started: list[float] = []
         self._calls: list[list[tuple[str, float]]] = []
 
-    def run(self, call: Callable[[], Any], repeats: int) -> None:
-        inner = self._callees(call)
-        hooks = []
+    def block(self, calls: int) -> list[float]:
+        hooks, walls = [], []
         try:
-            for path, module in inner.items():
+            for path, module in self._inner.items():
                 hooks.append(module.register_forward_pre_hook(self._start))
                 hooks.append(module.register_forward_hook(self._stop(path)))
-            for index in range(_WARM_UP + repeats):
+            before = len(self._calls)
+            for index in range(_WARM_UP + calls):
                 if index == _WARM_UP:
-                    self._calls.clear()
+                    del self._calls[before:]
                 self._calls.append([])
-                call()
+                start = time.perf_counter()
+                self._call()
+                walls.append((time.perf_counter() - start) * 1e3)
         finally:
             for hook in hooks:
                 hook.remove()
+        return walls[_WARM_UP:]
 
     def rows(self) -> list[OpTiming]:
         """One row per module and time it is called in a forward pass."""

@@ -17,12 +17,10 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx
 
-from workbench.deployment import _ort_profile
 from workbench.deployment._base import (
     Availability,
     Backend,
     Engine,
-    OpTiming,
     Output,
     reason,
     refuse_bfloat16_inputs,
@@ -36,6 +34,8 @@ from workbench.deployment._onnx import (
     serialized,
     wanted_inputs,
 )
+from workbench.deployment._ort_profile import OrtRecorder
+from workbench.deployment._timing import Recorder
 from workbench.deployment.package import Contents, runner
 from workbench.errors import BackendError, BackendUnavailable
 from workbench.jobs import SILENT, Progress
@@ -204,8 +204,7 @@ class OnnxRuntimeEngine(Engine):
             raise self._failed(inputs, error) from None
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def profile(self, inputs: Sequence[np.ndarray], repeats: int = 50) -> list[OpTiming]:
-        self(*inputs)
+    def recorder(self, inputs: Sequence[np.ndarray]) -> Recorder:
         if self.backend.provider != "cpu":
             raise BackendError(
                 f"ONNX Runtime times the launch of a kernel on {self.backend.provider}, not the kernel, so that a "
@@ -216,7 +215,7 @@ class OnnxRuntimeEngine(Engine):
         def session(data: bytes, **options: Any) -> Any:
             return open_session(data, self.backend, **options)
 
-        return _ort_profile.profile(session, self._data, feeds, repeats)
+        return OrtRecorder(session, self._data, feeds)
 
     def artifact(self) -> dict[str, bytes]:
         return {"model.onnx": self._data}

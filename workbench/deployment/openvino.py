@@ -17,13 +17,14 @@ from workbench.deployment._base import (
     Availability,
     Backend,
     Engine,
-    OpTiming,
     Output,
     reason,
     refuse_bfloat16_inputs,
 )
 from workbench.deployment._onnx import example_arrays, output_specs, refusal, serialized, wanted_inputs
-from workbench.deployment._rows import Kernel, Lineage
+from workbench.deployment._openvino_profile import OpenVINORecorder
+from workbench.deployment._rows import Lineage
+from workbench.deployment._timing import Recorder
 from workbench.deployment.package import Contents, library_version, runner
 from workbench.errors import BackendError, BackendUnavailable
 from workbench.jobs import SILENT, Progress
@@ -33,9 +34,6 @@ PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 HINTS = ("latency", "throughput")
 DEVICES = ("CPU", "GPU", "NPU")
 _INSTALL = 'pip install "inference-workbench[openvino]"'
-_DATA = ("Const", "Constant", "Input", "Parameter", "Output", "Result")
-_WARM_UP = 3
-_GROUPS = 5
 
 
 @dataclass(frozen=True)
@@ -203,50 +201,11 @@ class OpenVINOEngine(Engine):
             raise self._failed(inputs, error) from None
         return outputs[0] if len(outputs) == 1 else outputs
 
-    def profile(self, inputs: Sequence[np.ndarray], repeats: int = 50) -> list[OpTiming]:
-        # OpenVINO's counters are the means over all calls of a compiled model, in whole microseconds rounded down
-        # twice, and cannot be reset. So each group of calls gets a compiled model of its own, and what its first
-        # calls took is taken off again.
-        self(*inputs)
-        groups = min(_GROUPS, repeats)
-        counters = [self._group(inputs, -(-repeats // groups)) for _ in range(groups)]
-        # names that OpenVINO makes up differ from one compiled model to the next; the order does not
-        if len({tuple(kind for _, kind, _, _ in group) for group in counters}) != 1:
-            raise BackendError(
-                "OpenVINO compiled this model differently each time, so its profile has no fixed rows. Profile it with "
-                "wb.OnnxRuntime()."
-            )
-        layers = self._lineage.layers([Kernel(kind, sources) for _, kind, sources, _ in counters[0]])
-        # what has no implementation of its own, such as a reshape, never runs and would be a row of nothing
-        ran = [i for i in range(len(layers)) if any(group[i][3] > 0 for group in counters)]
-        return [
-            OpTiming(counters[0][i][0], counters[0][i][1], layers[i], tuple(group[i][3] for group in counters))
-            for i in ran
-        ]
+    def recorder(self, inputs: Sequence[np.ndarray]) -> Recorder:
+        def compiled() -> Any:
+            return compile_network(self._network, self.backend, PERF_COUNT=True)
 
-    def _group(self, inputs: Sequence[np.ndarray], calls: int) -> list[tuple[str, str, tuple[str, ...], float]]:
-        """For each operation its name, type, the names of the nodes it came from, and mean milliseconds."""
-        compiled = compile_network(self._network, self.backend, PERF_COUNT=True)
-        request = compiled.create_infer_request()
-        feeds = self._feeds(inputs)
-        for _ in range(_WARM_UP):
-            request.infer(feeds, share_inputs=True)
-        before = _totals_ms(request, _WARM_UP)
-        for _ in range(calls):
-            request.infer(feeds, share_inputs=True)
-        after = _totals_ms(request, _WARM_UP + calls)
-        origins = {
-            op.get_friendly_name(): _text(op.get_rt_info(), "originalLayersNames")
-            for op in compiled.get_runtime_model().get_ordered_ops()
-        }
-        rows, seen = [], set()
-        for info, start, stop in zip(request.get_profiling_info(), before, after, strict=True):
-            # the runtime model holds what is executed; the counters list what was fused away or is constant as well
-            if info.node_name in origins and info.node_type not in _DATA and info.node_name not in seen:
-                seen.add(info.node_name)
-                sources = tuple(filter(None, origins[info.node_name].split(",")))
-                rows.append((info.node_name, info.node_type, sources, max((stop - start) / calls, 0.0)))
-        return rows
+        return OpenVINORecorder(compiled, self._feeds(inputs), self._lineage)
 
     def artifact(self) -> dict[str, bytes]:
         with tempfile.TemporaryDirectory() as folder:
@@ -263,26 +222,6 @@ class OpenVINOEngine(Engine):
     def close(self) -> None:
         super().close()
         self._request = self._compiled = self._network = None
-
-
-def _totals_ms(request: Any, calls: int) -> list[float]:
-    """Milliseconds of each operation in all calls so far, in the middle of what was rounded away."""
-    return [
-        calls * (info.real_time.total_seconds() * 1e3 + 0.5e-3) if _runs(info) else 0.0
-        for info in request.get_profiling_info()
-    ]
-
-
-def _runs(info: Any) -> bool:
-    """Whether an operation is executed: one of under a microsecond is reported as not run, yet is implemented."""
-    return info.status == info.Status.EXECUTED or not info.exec_type.startswith(("undef", "unknown"))
-
-
-def _text(info: Any, key: str) -> str:
-    if key not in info:
-        return ""
-    value = info[key]
-    return value.astype(str) if hasattr(value, "astype") else str(value)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -9,14 +10,15 @@ import numpy as np
 import pandas as pd
 
 from workbench import environment, formatting
-from workbench.deployment import Backend, Eager, OnnxRuntime, OpTiming
+from workbench.deployment import Backend, Eager, Engine, OnnxRuntime, OpTiming
 from workbench.errors import DataError
 from workbench.jobs import SILENT, Progress
-from workbench.measure import latency
+from workbench.measure import Latency, OtherProcesses, block, quiesce, summary
 from workbench.models.model import Model
+from workbench.profiling import _call, _rows
 
-UNATTRIBUTED = "(unattributed)"
-_COLUMNS = ["name", "layer", "type", "latency_ms", "latency_p95_ms", "share", "macs", "parameters", "output_shape"]
+_PLAIN_BLOCKS = 4  # of the plain call, before, between and after the recorded blocks
+_PLAIN_S = 0.03
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,32 +29,44 @@ class Profile:
     ----------
     rows
         See `frame`.
+    operations
+        What the engine told of each row but the last, in the same order.
     end_to_end_ms
         Median of the whole call, measured without the profiler.
+    overhead_ms
+        How much longer the whole call takes with the profiler on: what was measured and taken out. NaN for a profile
+        that was read from files.
     batch
         Samples per call.
     contended
         Whether the machine was busy with something else while the whole call was timed.
     environment
-        Where it was taken.
+        Where it was taken; None for a profile that was read from files.
     """
 
     rows: pd.DataFrame
+    operations: tuple[OpTiming, ...]
     end_to_end_ms: float
+    overhead_ms: float
     model_name: str
     backend_label: str
+    precision: str
     batch: int
     contended: bool
-    environment: environment.Environment
+    environment: environment.Environment | None
 
     def frame(self) -> pd.DataFrame:
         """A row per layer or kernel in execution order, the last one what no row accounts for.
 
         Columns: name (the engine's own), layer (the model's; several that were fused are joined by `` + ``; empty for
-        what the engine inserted), type, latency_ms (median), latency_p95_ms, share (of `end_to_end_ms`), macs and
-        parameters (of the layers, at this batch; NaN where the row has no layer), output_shape (of one sample).
-        `latency_ms` adds up to `end_to_end_ms`, because the last row is the difference. It is negative where the
-        profiler made the rows slower than they are unobserved.
+        what the engine inserted), type, kind (layer, move, call, unknown, unattributed; see `OpTiming`), latency_ms
+        (median), latency_p95_ms, share (of `end_to_end_ms`), macs and parameters (of the layers, at this batch; NaN
+        where the row has no layer), input_shape and output_shape (of one sample), read_bytes (inputs and weights),
+        written_bytes, activation_bytes (of both, what is not weights), intensity (floating-point or integer operations,
+        two per MAC, for each byte read or written) and precision (of the arithmetic).
+
+        `latency_ms` adds up to `end_to_end_ms`, because the last row is the difference. It is negative where the rows
+        took longer when they were recorded than they do unobserved.
         """
         return self.rows.copy()
 
@@ -60,6 +74,18 @@ class Profile:
     def unattributed_ms(self) -> float:
         """End-to-end time that no row accounts for; negative where profiling slowed the rows."""
         return float(self.rows["latency_ms"].iloc[-1])
+
+    @property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of row numbers, the first of which writes a tensor that the second reads."""
+        writer: dict[str, int] = {}
+        found: dict[tuple[int, int], None] = {}
+        for index, operation in enumerate(self.operations):
+            for port in operation.reads:
+                if port.name in writer:
+                    found[writer[port.name], index] = None
+            writer.update((port.name, index) for port in operation.writes)
+        return tuple(found)
 
     def __repr__(self) -> str:
         return (
@@ -81,6 +107,8 @@ def profile(
     progress: Progress = SILENT,
 ) -> Profile:
     """Where the time of one forward pass goes, layer by layer.
+
+    Calls with the profiler take turns with calls without it, so that a drift of the machine hits both alike.
 
     Parameters
     ----------
@@ -112,15 +140,16 @@ def profile(
     inputs = example_batch(model, batch)
     progress(0.0, f"compiling for {backend.label}")
     with backend.compile(model, progress.part(0.0, 0.3)) as engine:
-        whole = latency([lambda: engine(*inputs)], blocks=10, progress=progress.part(0.3, 0.6, "end to end"))[0]
-        progress(0.6, "profiling")
-        timings = engine.profile(inputs, repeats)
+        operations, whole, overhead_ms = _timed(engine, inputs, repeats, progress.part(0.3, 0.95, "timing"))
     progress(0.95, "layers")
     return Profile(
-        rows=_rows(model, timings, whole.median_ms, batch),
+        rows=_rows.table(operations, whole.median_ms, model.layers, batch),
+        operations=tuple(operations),
         end_to_end_ms=whole.median_ms,
+        overhead_ms=overhead_ms,
         model_name=model.name,
         backend_label=backend.label,
+        precision=engine.precision,
         batch=batch,
         contended=whole.contended,
         environment=environment.current(),
@@ -134,39 +163,29 @@ def example_batch(model: Model, batch: int) -> tuple[np.ndarray, ...]:
     )
 
 
-def _rows(model: Model, timings: list[OpTiming], whole_ms: float, batch: int) -> pd.DataFrame:
-    table = model.layers.drop_duplicates("layer").set_index("layer")
-    medians = [float(np.median(t.times_ms)) for t in timings]
-    owner = _owners(timings, medians)
-    rows = []
-    for index, (timing, median) in enumerate(zip(timings, medians, strict=True)):
-        known = [layer for layer in timing.layers if layer in table.index]
-        mine = [layer for layer in known if owner[layer] == index]
-        rows.append(
-            {
-                "name": timing.name,
-                "layer": " + ".join(timing.layers),
-                "type": timing.type,
-                "latency_ms": median,
-                "latency_p95_ms": float(np.percentile(timing.times_ms, 95)),
-                "macs": batch * float(table.loc[mine, "macs"].sum()) if known else np.nan,
-                "parameters": float(table.loc[mine, "parameters"].sum()) if known else np.nan,
-                "output_shape": table.loc[known[-1], "output_shape"] if known else None,
-            }
-        )
-    rows.append(
-        {"name": UNATTRIBUTED, "layer": UNATTRIBUTED, "type": "unattributed", "latency_ms": whole_ms - sum(medians)}
-    )
-    frame = pd.DataFrame(rows).reindex(columns=_COLUMNS)
-    frame["share"] = frame["latency_ms"] / whole_ms
-    return frame
+def _timed(
+    engine: Engine, inputs: Sequence[np.ndarray], repeats: int, progress: Progress
+) -> tuple[list[OpTiming], Latency, float]:
+    """The engine's operations, the whole call without the profiler, and the milliseconds the profiler adds to it."""
+    plain: list[np.ndarray] = []
+    recorded: list[float] = []
+    others = OtherProcesses()
 
+    def plainly() -> None:
+        quiesce()
+        plain.extend(block(lambda: engine(*inputs), _PLAIN_S) for _ in range(_PLAIN_BLOCKS))
 
-def _owners(timings: list[OpTiming], medians: list[float]) -> dict[str, int]:
-    """For each layer the row that counts its MACs: the slowest of those it is spread over, so that it counts once."""
-    owner: dict[str, int] = {}
-    for index, timing in enumerate(timings):
-        for layer in timing.layers:
-            if layer not in owner or medians[index] > medians[owner[layer]]:
-                owner[layer] = index
-    return owner
+    engine(*inputs)
+    with engine.recorder(inputs) as recorder:
+        parts = recorder.parts(repeats)
+        plainly()
+        for done, calls in enumerate(parts):
+            progress(done / len(parts), f"block {done + 1} of {len(parts)}")
+            quiesce()
+            recorded += recorder.block(calls)
+            plainly()
+        busy = others.busy()
+        operations = recorder.rows()
+    whole = summary(plain, busy)
+    operations = [*_call.row(engine, inputs, len(operations[0].times_ms)), *operations]
+    return operations, whole, float(np.median(recorded)) - whole.median_ms
