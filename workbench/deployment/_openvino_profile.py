@@ -17,6 +17,7 @@ from workbench.errors import BackendError
 _DATA = ("Const", "Constant", "Input", "Parameter", "Output", "Result")
 _MOVES = ("Reorder", "Convert", "FakeQuantize", "Transpose")
 _WARM_UP = 3
+_EVERY = 2  # calls between two readings of the counters, which takes as long as some operations
 _DTYPES = {
     "f32": "float32",
     "f16": "float16",
@@ -50,8 +51,9 @@ class _Operation:
 class OpenVINORecorder(Recorder):
     """Compiled models with the counters on, one for each block.
 
-    The counters are the means over all calls of a compiled model, in whole microseconds rounded down twice, and cannot
-    be reset. So each block of calls gets a compiled model of its own, and what its first calls took is taken off again.
+    A counter is the mean over all calls of a compiled model, and cannot be reset. It is in whole microseconds, rounded
+    down twice: each call, and the mean. So each block of calls gets a compiled model of its own, its counters are read
+    every few calls, and an operation's time is the slope of its total over the number of calls.
     """
 
     blocks: ClassVar[int] = 5
@@ -64,28 +66,28 @@ class OpenVINORecorder(Recorder):
     def block(self, calls: int) -> list[float]:
         compiled = self._compiled()
         request = compiled.create_infer_request()
-        for _ in range(_WARM_UP):
-            request.infer(self._feeds, share_inputs=True)
-        before = _totals_ms(request, _WARM_UP)
-        walls = []
-        for _ in range(calls):
+        walls, readings = [], []
+        for made in range(1, _WARM_UP + calls + 1):
             start = time.perf_counter()
             request.infer(self._feeds, share_inputs=True)
             walls.append((time.perf_counter() - start) * 1e3)
-        after = _totals_ms(request, _WARM_UP + calls)
+            if made >= _WARM_UP and (made - _WARM_UP) % _EVERY == 0:
+                readings.append((made, request.get_profiling_info()))
+        readings.append((_WARM_UP + calls, request.get_profiling_info()))
         known = {op.get_friendly_name(): op for op in compiled.get_runtime_model().get_ordered_ops()}
         operations, means, seen = [], [], set()
-        for info, start, stop in zip(request.get_profiling_info(), before, after, strict=True):
+        for index, info in enumerate(readings[-1][1]):
             # the runtime model holds what is executed; the counters list what was fused away or is constant as well
             if info.node_name in known and info.node_type not in _DATA and info.node_name not in seen:
                 seen.add(info.node_name)
                 operations.append(_described(known[info.node_name], info.node_type, info.exec_type))
-                means.append((info.node_type, max((stop - start) / calls, 0.0)))
+                counted = [(made, infos[index].real_time.total_seconds() * 1e3) for made, infos in readings]
+                means.append((info.node_type, _slope_ms(counted) if _runs(info) else 0.0))
         self._operations = self._operations or operations
         self._means_ms.append(tuple(means))
-        return walls
+        return walls[_WARM_UP:]
 
-    def rows(self) -> list[OpTiming]:
+    def rows(self, plain_ms: float) -> list[OpTiming]:
         # names that OpenVINO makes up differ from one compiled model to the next; the order does not
         if len({tuple(kind for kind, _ in block) for block in self._means_ms}) != 1:
             raise BackendError(
@@ -138,12 +140,23 @@ def _port(output: Any) -> Port:
     return Port(name, shape, _DTYPES.get(dtype, dtype))
 
 
-def _totals_ms(request: Any, calls: int) -> list[float]:
-    """Milliseconds of each operation in all calls so far, in the middle of what was rounded away."""
-    return [
-        calls * (info.real_time.total_seconds() * 1e3 + 0.5e-3) if _runs(info) else 0.0
-        for info in request.get_profiling_info()
-    ]
+def _slope_ms(counted: list[tuple[int, float]]) -> float:
+    """Milliseconds of a call, from pairs of the number of calls so far and their mean as OpenVINO gives it.
+
+    A total is known to within what rounding its mean took away, which grows with the number of calls; so the line
+    through the totals weighs each by the inverse square of that number. What rounding took from each call, half a
+    microsecond on average, is added.
+    """
+    calls = np.array([made for made, _ in counted], dtype=float)
+    means = np.array([mean for _, mean in counted])
+    half = 0.5e-3
+    if not means.any():
+        return half
+    totals = calls * (means + half)
+    centred = calls - np.average(calls, weights=calls**-2)
+    spread = float(np.sum(centred**2 / calls**2))
+    slope = float(np.sum(centred * totals / calls**2)) / spread if spread else float(means[-1] + half)
+    return max(slope, 0.0) + half
 
 
 def _runs(info: Any) -> bool:

@@ -20,7 +20,9 @@ from workbench.errors import BackendError
 _WARM_UP = 5
 _SUFFIX = "_kernel_time"
 _CHAIN = 48  # kernels of the graphs that the profiler's own cost is measured on
-_FEW, _MANY = 2, 10  # inputs of each of those kernels
+_CALLS = 40
+_FEW, _MANY = 1, 10  # inputs of each of those kernels
+_DEARER = 2.0
 
 Session = Callable[..., Any]  # makes a session of a graph's bytes and further session options
 
@@ -37,14 +39,16 @@ class OrtRecorder(Recorder):
     """A second session with the profiler on.
 
     The profiler writes down the shapes of a kernel's inputs and the state of the threads before it stops the kernel's
-    clock. That adds some microseconds to each, and can double a small network; what it adds is measured on kernels
-    that do next to nothing, and taken off.
+    clock. That adds some microseconds to each, and can double a small network. How much of what it adds falls within a
+    kernel's clock, and how that grows with the kernel's inputs, is measured on kernels that do next to nothing; how
+    much it adds to this network in all, on the network.
     """
 
     def __init__(self, session: Session, data: bytes, feeds: dict[str, np.ndarray]):
         self._make, self._data, self._feeds = session, data, feeds
         self._log = _Log(session, data)
         self._counted: list[int] = []
+        self._walls: list[float] = []
         self._made = 0
 
     def block(self, calls: int) -> list[float]:
@@ -56,9 +60,10 @@ class OrtRecorder(Recorder):
             if index >= _WARM_UP:
                 self._counted.append(self._made)
             self._made += 1
+        self._walls += walls[_WARM_UP:]
         return walls[_WARM_UP:]
 
-    def rows(self) -> list[OpTiming]:
+    def rows(self, plain_ms: float) -> list[OpTiming]:
         runs, optimised = self._log.read()
         runs = [runs[i] for i in self._counted if i < len(runs)]
         if len(runs) < len(self._counted) or len({tuple(e["name"] for e in run) for run in runs}) != 1 or not runs[0]:
@@ -66,7 +71,7 @@ class OrtRecorder(Recorder):
                 "ONNX Runtime's profile cannot be laid out as rows: the runs executed different kernels, or too many "
                 "for its buffer of a million events. Profile with fewer repeats, or with wb.Eager()."
             )
-        few, many = (_overhead_ms(self._make, inputs) for inputs in (_FEW, _MANY))
+        extras_ms = _extras_ms(self._make, runs[0], float(np.median(self._walls)) - plain_ms)
         nodes = {node.name: node for node in optimised.graph.node}
         weights = {t.name: _stored_bytes(t) for t in optimised.graph.initializer}
         kernels = []
@@ -79,8 +84,8 @@ class OrtRecorder(Recorder):
         rows = []
         for index, kernel in enumerate(kernels):
             args = runs[0][index]["args"]
-            extra_ms = max(few + (many - few) * (len(args["input_type_shape"]) - _FEW) / (_MANY - _FEW), 0.0)
-            times = tuple(max(run[index]["dur"] / 1e3 - extra_ms, 0.0) for run in runs)
+            recorded = _within_microsecond([run[index]["dur"] for run in runs])
+            times = tuple(np.maximum(recorded / 1e3 - extras_ms[index], 0.0).tolist())
             rows.append(
                 OpTiming(
                     kernel.sources[0], kernel.type, layers[index], times,
@@ -171,33 +176,58 @@ def _outermost(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _overhead_ms(session: Session, inputs: int) -> float:
-    """What the profiler adds to one kernel, from a chain of sums of `inputs` numbers each.
+def _extras_ms(session: Session, run: list[dict[str, Any]], added_ms: float) -> np.ndarray:
+    """What the profiler adds to the recorded time of each kernel of a run to which it adds `added_ms` in all."""
+    (few, few_whole), (many, many_whole) = (_overheads_ms(session, inputs) for inputs in (_FEW, _MANY))
+    inputs = np.array([len(event["args"]["input_type_shape"]) for event in run])
+    along = (inputs - _FEW) / (_MANY - _FEW)
+    within = np.maximum(few + (many - few) * along, 0.0)
+    whole = float(np.sum(few_whole + (many_whole - few_whole) * along))
+    # longer names, more shapes and colder caches make it dearer than on the chain, though never many times
+    return within * np.clip(added_ms / whole, 1 / _DEARER, _DEARER) if whole > 0 else within
 
-    It is the kernels' mean recorded time less their true time, which is how much longer the chain takes than a short
-    one without the profiler. Durations are recorded in whole microseconds, rounded down; the mean includes that.
+
+def _overheads_ms(session: Session, inputs: int) -> tuple[float, float]:
+    """What the profiler adds to one kernel, to its recorded time and to the time of the call, of a chain of kernels.
+
+    Each sums `inputs` numbers. Its true time is how much longer a long chain takes than a short one without the
+    profiler.
     """
     feeds = {"x": np.ones((1, 1, 1, 1), np.float32)}
     long, short = _chain(_CHAIN, inputs), _chain(1, inputs)
     log = _Log(session, long)
     try:
-        for _ in range(_WARM_UP + 30):
-            log.session.run(None, feeds)
-        runs = log.read()[0][_WARM_UP:]
+        profiled_ms = _call_ms(log.session, feeds)
+        runs = log.read()[0][-_CALLS:]
     finally:
         log.close()
-    recorded = [np.mean([event["dur"] / 1e3 for event in run]) for run in runs]
-    true_ms = max(_plain_ms(session(long), feeds) - _plain_ms(session(short), feeds), 0.0) / (_CHAIN - 1)
-    return max(float(np.median(recorded)) - true_ms, 0.0)
+    recorded_us = np.median(_within_microsecond([event["dur"] for run in runs for event in run]))
+    long_ms = _call_ms(session(long), feeds)
+    true_ms = max(long_ms - _call_ms(session(short), feeds), 0.0) / (_CHAIN - 1)
+    return max(float(recorded_us) / 1e3 - true_ms, 0.0), max(profiled_ms - long_ms, 0.0) / _CHAIN
 
 
-def _plain_ms(session: Any, feeds: dict[str, np.ndarray]) -> float:
+def _within_microsecond(durations_us: list[int]) -> np.ndarray:
+    """Durations that were rounded down to whole microseconds, equal ones spread evenly over theirs.
+
+    Their median is then the median of grouped data, which can lie between two whole numbers.
+    """
+    values = np.asarray(durations_us, dtype=float)
+    order = np.argsort(values, kind="stable")
+    _, first, counts = np.unique(values[order], return_index=True, return_counts=True)
+    rank = np.arange(len(values)) - np.repeat(first, counts)
+    spread = np.empty_like(values)
+    spread[order] = values[order] + (rank + 0.5) / np.repeat(counts, counts)
+    return spread
+
+
+def _call_ms(session: Any, feeds: dict[str, np.ndarray]) -> float:
     times = []
-    for _ in range(60):
+    for _ in range(_WARM_UP + _CALLS):
         start = time.perf_counter()
         session.run(None, feeds)
         times.append((time.perf_counter() - start) * 1e3)
-    return float(np.median(times))
+    return float(np.median(times[_WARM_UP:]))
 
 
 def _chain(length: int, inputs: int) -> bytes:

@@ -105,8 +105,13 @@ class Recorder(ABC):
         """Make that many recorded calls, after a few that are not; milliseconds of each as the caller sees it."""
 
     @abstractmethod
-    def rows(self) -> list[OpTiming]:
-        """The operations of all blocks so far, in execution order.
+    def rows(self, plain_ms: float) -> list[OpTiming]:
+        """The operations of all blocks so far, in execution order, without what recording added to them.
+
+        Parameters
+        ----------
+        plain_ms
+            What the same call takes when nothing is recorded.
 
         Raises
         ------

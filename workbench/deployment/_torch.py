@@ -10,7 +10,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -55,6 +55,8 @@ _THREADS = _Threads()
 @dataclass(frozen=True)
 class TorchBackend(Backend):
     """A backend that runs the model's torch module; a subclass has the fields `threads` and `device`."""
+
+    runs_graphs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self._check_threads()

@@ -36,6 +36,8 @@ class Profile:
     overhead_ms
         How much longer the whole call takes with the profiler on: what was measured and taken out. NaN for a profile
         that was read from files.
+    backend
+        What it ran on; None for a profile that was read from files.
     batch
         Samples per call.
     contended
@@ -49,6 +51,7 @@ class Profile:
     end_to_end_ms: float
     overhead_ms: float
     model_name: str
+    backend: Backend | None
     backend_label: str
     precision: str
     batch: int
@@ -148,6 +151,7 @@ def profile(
         end_to_end_ms=whole.median_ms,
         overhead_ms=overhead_ms,
         model_name=model.name,
+        backend=backend,
         backend_label=backend.label,
         precision=engine.precision,
         batch=batch,
@@ -184,8 +188,7 @@ def _timed(
             quiesce()
             recorded += recorder.block(calls)
             plainly()
-        busy = others.busy()
-        operations = recorder.rows()
-    whole = summary(plain, busy)
+        whole = summary(plain, others.busy())
+        operations = recorder.rows(whole.median_ms)
     operations = [*_call.row(engine, inputs, len(operations[0].times_ms)), *operations]
     return operations, whole, float(np.median(recorded)) - whole.median_ms
