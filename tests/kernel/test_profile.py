@@ -6,6 +6,7 @@ import pytest
 
 import workbench as wb
 from workbench.errors import DataError
+from workbench.profiling.profile import steady
 
 COLUMNS = [
     *("name", "layer", "type", "kind", "latency_ms", "latency_p95_ms", "share", "macs", "parameters"),
@@ -52,3 +53,18 @@ def test_a_quantised_graph_is_profiled_under_the_layers_of_the_network(digits_st
 def test_nonsense_counts_are_refused(bad):
     with pytest.raises(DataError, match="at least 1"):
         wb.profile(wb.load("lenet5"), **bad)
+
+
+@pytest.mark.parametrize(
+    ("levels_ms", "blocks"),
+    [
+        ([1.0, 1.0, 1.0], [0, 1]),
+        ([1.0, 1.02, 0.99], [0, 1]),
+        ([1.0, 1.7, 1.7, 1.7], [1, 2]),  # the pace changed during the first block
+        ([1.0, 1.0, 1.7, 1.0, 1.0, 1.0], [0, 3, 4]),
+        ([1.0, 1.0, 1.7, 1.7], [0]),  # one block at each pace: they are not mixed
+        ([1.0, 1.5, 1.0], []),
+    ],
+)
+def test_blocks_count_where_plain_calls_around_them_went_at_one_pace(levels_ms, blocks):
+    assert steady(levels_ms) == blocks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -87,9 +87,10 @@ class OpenVINORecorder(Recorder):
         self._means_ms.append(tuple(means))
         return walls[_WARM_UP:]
 
-    def rows(self, plain_ms: float) -> list[OpTiming]:
+    def rows(self, plain_ms: float, blocks: Sequence[int] | None = None) -> list[OpTiming]:
+        used = [self._means_ms[i] for i in (range(len(self._means_ms)) if blocks is None else blocks)]
         # names that OpenVINO makes up differ from one compiled model to the next; the order does not
-        if len({tuple(kind for kind, _ in block) for block in self._means_ms}) != 1:
+        if len({tuple(kind for kind, _ in block) for block in used}) != 1:
             raise BackendError(
                 "OpenVINO compiled this model differently each time, so its profile has no fixed rows. Profile it with "
                 "wb.OnnxRuntime()."
@@ -97,7 +98,7 @@ class OpenVINORecorder(Recorder):
         layers = self._lineage.layers([Kernel(op.type, op.sources) for op in self._operations])
         rows = []
         for index, op in enumerate(self._operations):
-            times = tuple(block[index][1] for block in self._means_ms)
+            times = tuple(block[index][1] for block in used)
             # what has no implementation of its own, such as a reshape, never runs and would be a row of nothing
             if max(times) > 0:
                 kind: Kind = "move" if op.type in _MOVES else "layer"

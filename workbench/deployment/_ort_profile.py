@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,31 +47,35 @@ class OrtRecorder(Recorder):
     def __init__(self, session: Session, data: bytes, feeds: dict[str, np.ndarray]):
         self._make, self._data, self._feeds = session, data, feeds
         self._log = _Log(session, data)
-        self._counted: list[int] = []
-        self._walls: list[float] = []
-        self._made = 0
+        self._counted: list[range] = []  # of each block the runs that count, by their number
+        self._walls: list[list[float]] = []
+        self._read: tuple[list[list[dict[str, Any]]], onnx.ModelProto] | None = None
 
     def block(self, calls: int) -> list[float]:
         walls = []
-        for index in range(_WARM_UP + calls):
+        for _ in range(_WARM_UP + calls):
             start = time.perf_counter()
             self._log.session.run(None, self._feeds)
             walls.append((time.perf_counter() - start) * 1e3)
-            if index >= _WARM_UP:
-                self._counted.append(self._made)
-            self._made += 1
-        self._walls += walls[_WARM_UP:]
+        first = (self._counted[-1].stop if self._counted else 0) + _WARM_UP
+        self._counted.append(range(first, first + calls))
+        self._walls.append(walls[_WARM_UP:])
         return walls[_WARM_UP:]
 
-    def rows(self, plain_ms: float) -> list[OpTiming]:
-        runs, optimised = self._log.read()
-        runs = [runs[i] for i in self._counted if i < len(runs)]
-        if len(runs) < len(self._counted) or len({tuple(e["name"] for e in run) for run in runs}) != 1 or not runs[0]:
+    def rows(self, plain_ms: float, blocks: Sequence[int] | None = None) -> list[OpTiming]:
+        if self._read is None:
+            self._read = self._log.read()
+        made, optimised = self._read
+        used = range(len(self._counted)) if blocks is None else blocks
+        wanted = [i for block in used for i in self._counted[block]]
+        runs = [made[i] for i in wanted if i < len(made)]
+        if len(runs) < len(wanted) or len({tuple(e["name"] for e in run) for run in runs}) != 1 or not runs[0]:
             raise BackendError(
                 "ONNX Runtime's profile cannot be laid out as rows: the runs executed different kernels, or too many "
                 "for its buffer of a million events. Profile with fewer repeats, or with wb.Eager()."
             )
-        extras_ms = _extras_ms(self._make, runs[0], float(np.median(self._walls)) - plain_ms)
+        profiled_ms = float(np.median([wall for block in used for wall in self._walls[block]]))
+        extras_ms = _extras_ms(self._make, runs[0], profiled_ms - plain_ms)
         nodes = {node.name: node for node in optimised.graph.node}
         weights = {t.name: _stored_bytes(t) for t in optimised.graph.initializer}
         kernels = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -105,13 +106,15 @@ class Recorder(ABC):
         """Make that many recorded calls, after a few that are not; milliseconds of each as the caller sees it."""
 
     @abstractmethod
-    def rows(self, plain_ms: float) -> list[OpTiming]:
-        """The operations of all blocks so far, in execution order, without what recording added to them.
+    def rows(self, plain_ms: float, blocks: Sequence[int] | None = None) -> list[OpTiming]:
+        """The operations in execution order, without what recording added to them.
 
         Parameters
         ----------
         plain_ms
             What the same call takes when nothing is recorded.
+        blocks
+            Numbers of the blocks to use, the first being 0; None for all.
 
         Raises
         ------

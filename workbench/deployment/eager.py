@@ -80,7 +80,7 @@ class _Stopwatch(Recorder):
                 hook.remove()
         return walls[_WARM_UP:]
 
-    def rows(self, plain_ms: float) -> list[OpTiming]:
+    def rows(self, plain_ms: float, blocks: Sequence[int] | None = None) -> list[OpTiming]:
         """One row per module and time it is called in a forward pass."""
         paths = [tuple(path for path, _ in call) for call in self._calls]
         if len(set(paths)) != 1:

@@ -19,43 +19,48 @@ from workbench.models.model import Model
 NAME = "(call)"
 _SECONDS = 0.015
 _CALLS = 5
+_LARGEST = 64e6  # bytes; nothing stays in a cache beyond that
 _OWN = 3  # operations an empty graph cannot do without
 _MORE = 16
 
 
-def row(engine: Engine, inputs: Sequence[np.ndarray], entries: int) -> list[OpTiming]:
-    """One operation of kind ``call`` with `entries` times: taking these inputs in and giving such outputs back.
+def row(engine: Engine, inputs: Sequence[np.ndarray], operations: Sequence[OpTiming]) -> list[OpTiming]:
+    """One operation of kind ``call`` beside the engine's `operations`: taking inputs in and giving outputs back.
 
     Measured on the same backend with a network of the same inputs and outputs. A module can give constants; a graph of
     constants would never be run, so it takes one number of its first input and adds it to them, and what those few
-    operations take is known from a graph with more of them. Empty where the backend does not take such a network.
+    operations take is known from a graph with more of them. Between two calls as much memory is read as the operations
+    read, so that the caches are as cold as they leave them. Empty where the backend does not take such a network.
     """
+    moved = sum((o.weight_bytes or 0) + sum(port.nbytes for port in o.writes) for o in operations)
+    touched = np.ones(int(min(np.nan_to_num(moved), _LARGEST)) // 8 + 1)
     found = engine(*inputs)
     outputs = found if isinstance(found, tuple) else (found,)
     try:
-        times = _times(engine, inputs, outputs, 0)
+        times = _times(engine, inputs, _empty(engine, inputs, outputs, 0), touched)
         if engine.backend.runs_graphs:
-            longer = _times(engine, inputs, outputs, _MORE)
+            longer = _times(engine, inputs, _empty(engine, inputs, outputs, _MORE), touched)
             each = max(float(np.median(longer) - np.median(times)), 0.0) / _MORE
             times = np.maximum(times - _OWN * each, 0.0)
     except BackendError:
         return []
     # as many as the other rows have, of the same distribution
+    entries = len(operations[0].times_ms) if operations else len(times)
     spread = np.quantile(times, (np.arange(entries) + 0.5) / entries)
     return [OpTiming(NAME, "call", (), tuple(spread.tolist()), kind="call")]
 
 
-def _times(engine: Engine, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray], more: int) -> np.ndarray:
-    """Milliseconds of calls of an empty network, each after a call of the real one: the caches are then alike."""
+def _times(engine: Engine, inputs: Sequence[np.ndarray], model: Model, touched: np.ndarray) -> np.ndarray:
+    """Milliseconds of calls of a model on the engine's backend, `touched` being read before each."""
     clock = time.perf_counter
     times = []
-    with engine.backend.compile(_empty(engine, inputs, outputs, more)) as empty:
+    with engine.backend.compile(model) as empty:
         quiesce()
-        for call in (engine, empty, engine, empty):
-            call(*inputs)
+        for _ in range(_CALLS):
+            empty(*inputs)
         end = clock() + _SECONDS
         while len(times) < _CALLS or clock() < end:
-            engine(*inputs)
+            touched.sum()
             start = clock()
             empty(*inputs)
             times.append((clock() - start) * 1e3)

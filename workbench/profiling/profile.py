@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -19,6 +21,8 @@ from workbench.profiling import _call, _rows
 
 _PLAIN_BLOCKS = 4  # of the plain call, before, between and after the recorded blocks
 _PLAIN_S = 0.03
+_PATIENCE = 3  # times as many blocks as wanted, at most, in search of enough at one pace
+_SAME_PACE = 0.08
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,25 +174,47 @@ def example_batch(model: Model, batch: int) -> tuple[np.ndarray, ...]:
 def _timed(
     engine: Engine, inputs: Sequence[np.ndarray], repeats: int, progress: Progress
 ) -> tuple[list[OpTiming], Latency, float]:
-    """The engine's operations, the whole call without the profiler, and the milliseconds the profiler adds to it."""
-    plain: list[np.ndarray] = []
-    recorded: list[float] = []
+    """The engine's operations, the whole call without the profiler, and the milliseconds the profiler adds to it.
+
+    Recorded blocks lie between stretches of plain calls. A processor changes its pace, by half within seconds; blocks
+    count only where the plain calls before and after them went at one pace, the same for all.
+    """
+    call = functools.partial(engine, *inputs)
+    plain: list[list[np.ndarray]] = []
+    recorded: list[list[float]] = []
     others = OtherProcesses()
 
     def plainly() -> None:
         quiesce()
-        plain.extend(block(lambda: engine(*inputs), _PLAIN_S) for _ in range(_PLAIN_BLOCKS))
+        plain.append([block(call, _PLAIN_S) for _ in range(_PLAIN_BLOCKS)])
 
-    engine(*inputs)
+    call()
     with engine.recorder(inputs) as recorder:
         parts = recorder.parts(repeats)
         plainly()
-        for done, calls in enumerate(parts):
-            progress(done / len(parts), f"block {done + 1} of {len(parts)}")
+        used: list[int] = []
+        while len(used) < len(parts) and len(recorded) < _PATIENCE * len(parts):
+            progress(len(used) / len(parts), f"block {len(used) + 1} of {len(parts)}")
             quiesce()
-            recorded += recorder.block(calls)
+            recorded.append(recorder.block(parts[len(used)]))
             plainly()
-        whole = summary(plain, others.busy())
-        operations = recorder.rows(whole.median_ms)
-    operations = [*_call.row(engine, inputs, len(operations[0].times_ms)), *operations]
-    return operations, whole, float(np.median(recorded)) - whole.median_ms
+            used = steady([float(np.median(np.concatenate(stretch))) for stretch in plain])
+        settled = len(used) >= len(parts)
+        used = used or list(range(len(recorded)))
+        around = sorted({i for u in used for i in (u, u + 1)})
+        whole = summary([times for i in around for times in plain[i]], others.busy() or not settled)
+        operations = recorder.rows(whole.median_ms, used)
+    operations = [*_call.row(engine, inputs, operations), *operations]
+    profiled_ms = float(np.median([wall for u in used for wall in recorded[u]]))
+    return operations, whole, profiled_ms - whole.median_ms
+
+
+def steady(levels_ms: Sequence[float]) -> list[int]:
+    """The most blocks at one pace, by number, where block i lies between the plain calls of levels i and i + 1."""
+    pairs = [
+        (number, (before + after) / 2)
+        for number, (before, after) in enumerate(itertools.pairwise(levels_ms))
+        if abs(before - after) <= _SAME_PACE * (before + after) / 2
+    ]
+    groups = [[i for i, level in pairs if abs(level - pace) <= _SAME_PACE * pace] for _, pace in pairs]
+    return max(groups, key=len, default=[])
