@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import replace
 
@@ -125,6 +126,15 @@ def test_dynamic_int8_quantises_products_and_leaves_convolutions(lenet, digits):
     result = DYNAMIC.apply(lenet, without_calibration(digits))
     assert ops(result)["MatMulInteger"] == 3 and ops(result)["Conv"] == 2 and not ops(result)["Gemm"]
     assert [t.dtype for name, t in initializers(result).items() if name.startswith("fc1.weight_quantized")] == [np.int8]
+
+
+def test_dynamic_int8_of_layers_with_equal_weights_stays_close():
+    torch.manual_seed(0)
+    first = nn.Linear(16, 16)
+    model = wb.load(nn.Sequential(first, nn.ReLU(), copy.deepcopy(first)), inputs=torch.randn(2, 16))
+    x = noise_task((16,)).inputs("test", 10)[0]
+    expected, found = on_onnxruntime(model.onnx(), x), on_onnxruntime(DYNAMIC.apply(model, noise_task((16,))).graph, x)
+    assert 10 * np.log10((expected**2).sum() / ((expected - found) ** 2).sum()) > 25
 
 
 def test_seven_bit_weights_stay_within_seven_bits(lenet, digits):

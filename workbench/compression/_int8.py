@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,6 +130,7 @@ def dynamic(graph: onnx.ModelProto, *, reduce_range: bool) -> onnx.ModelProto:
     """Weights of MatMul and Gemm in s8 per output channel; activations become u8 while running, by their own range."""
 
     def quantise(source: Path, target: Path) -> None:
+        _untie_products(source)
         quantize_dynamic(
             source,
             target,
@@ -221,6 +223,24 @@ def _forget_weight_shapes(path: Path) -> None:
     kept = [value for value in graph.graph.value_info if value.name not in weights]
     del graph.graph.value_info[:]
     graph.graph.value_info.extend(kept)
+    onnx.save(graph, path)
+
+
+def _untie_products(path: Path) -> None:
+    """Give each Gemm a weight of its own.
+
+    The dynamic tool transposes a Gemm's weight where it lies; one that two share, as equal weights come to be when the
+    graph is prepared, would be transposed twice.
+    """
+    graph = onnx.load(path)
+    weights = {tensor.name: tensor for tensor in graph.graph.initializer}
+    readers = Counter(name for node in graph.graph.node for name in node.input)
+    for number, node in enumerate(graph.graph.node):
+        if node.op_type == "Gemm" and node.input[1] in weights and readers[node.input[1]] > 1:
+            own = graph.graph.initializer.add()
+            own.CopyFrom(weights[node.input[1]])
+            own.name = f"{node.input[1]}_of_{number}"
+            node.input[1] = own.name
     onnx.save(graph, path)
 
 
