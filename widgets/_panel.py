@@ -98,8 +98,13 @@ class Panel(WithFallback):
         handler = self.bindings.handler(lambda _change: function(), doing)
         widget.observe(handler, name)
 
-    def follow(self, job: Job, done: Callable[[Any], None], doing: str) -> None:
-        """Call `done` with the job's result when it is done; the job bar tells of one that failed."""
+    def follow(
+        self, job: Job, done: Callable[[Any], None], doing: str, otherwise: Callable[[], None] | None = None
+    ) -> None:
+        """Call `done` with the job's result when it is done; `otherwise`, if given, when it failed or was cancelled.
+
+        The job bar tells why.
+        """
         told = False
 
         def changed(_job: Job) -> None:
@@ -110,6 +115,8 @@ class Panel(WithFallback):
             self.bindings.disconnect(job.changed)
             if job.state == "done":
                 done(job.result)
+            elif otherwise is not None:
+                otherwise()
 
         self.bindings.connect(job.changed, changed, doing)
         self.bindings.handler(changed, doing)(job)  # it may have ended before anybody listened

@@ -16,7 +16,7 @@ from workbench.deployment import Backend, Compiled, Eager, Engine, OnnxRuntime, 
 from workbench.measure import Measurement
 from workbench.models import Model, load
 from workbench.profiling import Profile, profile
-from workbench.study import Candidate, Recipe, Study
+from workbench.study import Candidate, Recipe, Sensitivity, Study, sensitivity
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ __all__ = [
     "Prune",
     "Quantize",
     "Recipe",
+    "Sensitivity",
     "Step",
     "Study",
     "Task",
@@ -49,6 +50,7 @@ __all__ = [
     "models",
     "profile",
     "profiling",
+    "sensitivity",
     "study",
     "tasks",
 ]

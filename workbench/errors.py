@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class WorkbenchError(Exception):
@@ -42,6 +43,20 @@ class BackendUnavailable(BackendError):
     def __init__(self, backend: str, why: str, command: str = ""):
         self.backend, self.why, self.command = backend, why, command
         super().__init__(f"{backend} cannot run here: {why}." + (f" To enable it: {command}" if command else ""))
+
+
+class ProfileError(BackendError):
+    """A model that fails half way through a profiled call.
+
+    Attributes
+    ----------
+    rows
+        What ran before it failed, as `workbench.deployment.OpTiming`, in execution order.
+    """
+
+    def __init__(self, message: str, rows: Iterable[Any] = ()):
+        self.rows = list(rows)
+        super().__init__(message)
 
 
 class RecipeError(WorkbenchError):

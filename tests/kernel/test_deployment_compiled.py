@@ -88,11 +88,6 @@ def test_python_that_nothing_depends_on_does_not_stand_in_the_way(programs):
         np.testing.assert_array_equal(engine(rows(3)), rows(3) * 2)
 
 
-def test_a_compiled_model_has_no_profile_and_says_where_there_is_one():
-    with wb.Compiled().compile(small()) as engine, pytest.raises(BackendError, match=r"profile with wb.Eager\(\)"):
-        engine.profile((rows(1),))
-
-
 def test_a_package_of_a_compiled_model_is_compiled_again(tmp_path, programs):
     with wb.Compiled(threads=1).compile(small()) as engine:
         wanted = engine(rows(3))

@@ -68,8 +68,9 @@ def test_eager_times_each_layer_in_execution_order(lenet: wb.Model):
 def test_eager_gives_each_call_of_a_layer_a_row_and_sees_modules_that_call_no_child():
     model = wb.load(Twice(), inputs=torch.randn(2, 1, 4, 4))
     rows = profiled(model, wb.Eager(), np.zeros((2, 1, 4, 4), np.float32))
-    assert [row.name for row in rows] == ["conv", "act", "attention", "act (call 2)", "head"]
-    assert [row.layers for row in rows] == [("conv",), ("act",), ("attention",), ("act",), ("head",)]
+    names = ["conv", "act", "flatten", "transpose", "attention", "act (call 2)", "mean", "head"]
+    assert [row.name for row in rows] == names
+    assert [row.layers for row in rows] == [(name.removesuffix(" (call 2)"),) for name in names]
 
 
 def test_eager_rows_of_a_call_never_exceed_the_call(lenet: wb.Model):
@@ -234,3 +235,39 @@ def test_kernels_without_a_name_are_paired_with_nodes_only_one_to_one(kernels: i
 def test_a_lineage_survives_its_list():
     lineage = chain(*GRAPH)
     assert Lineage.from_list(lineage.to_list()).nodes == lineage.nodes
+
+
+def test_onnx_runtime_tells_what_each_kernel_reads_and_writes():
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.first(x))
+            return torch.relu(self.second(x) + x)
+
+    model = wb.load(Residual(), inputs=torch.randn(2, 16, 8, 8))
+    rows = profiled(model, wb.OnnxRuntime(), np.zeros((1, 16, 8, 8), np.float32))
+    second = next(row for row in rows if "second" in row.layers)
+    size = 16 * 8 * 8 * 4
+    assert [port.nbytes for port in second.reads] == [size, size], "the sum is fused into the convolution"
+    assert [port.nbytes for port in second.writes] == [size]
+    assert second.weight_bytes == 4 * (16 * 16 * 9 + 16)
+    assert second.precision == "fp32" and second.kernel == (3, 3)
+
+
+@pytest.mark.parametrize("backend", [wb.OnnxRuntime(threads=1), wb.OpenVINO(threads=1)], ids=lambda b: b.title)
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
+def test_a_recurrent_layer_is_led_back_to_its_kernel(backend: wb.Backend, cell: type[nn.Module]):
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = cell(8, 32, batch_first=True), nn.Linear(32, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.cell(x)[0][:, -1])
+
+    rows = profiled(wb.load(Recurrent(), inputs=torch.randn(2, 16, 8)), backend, np.ones((1, 16, 8), np.float32))
+    slowest = max(rows, key=lambda row: np.median(row.times_ms))
+    assert cell.__name__ in slowest.type and "cell" in slowest.layers

@@ -131,7 +131,7 @@ class Nested(nn.Module):
 def test_functional_operations_belong_to_the_module_around_them():
     layers = provenance(wb.load(Nested(), inputs=torch.rand(2, 3, 8, 8)).onnx())
     assert layers["block.relu/Relu"] == ("block.relu",)
-    assert layers["block.relu/Relu_1"] == ("block.relu",)
+    assert layers["block.relu_1/Relu"] == ("block.relu_1",)
     assert layers["block.add/Add"] == ("block.add",)
     assert layers["block.head.fc/Gemm"] == ("block.head.fc",)
     assert layers["relu/Relu"] == ("relu",)

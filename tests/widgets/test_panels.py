@@ -1,4 +1,4 @@
-"""Model, Profile, Compare and the inspector: what each shows, and what each control does."""
+"""Model, Compare and the inspector: what each shows, and what each control does."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import workbench as wb
-from widgets import ComparePanel, ModelPanel, ProfilePanel, Selection, _bind
+from widgets import ComparePanel, ModelPanel, Selection, _bind
 from widgets._inspector import Inspector
 from workbench.figures.pareto import POINTS, SELECTED
 
@@ -42,71 +42,6 @@ def test_a_layer_picked_in_one_panel_is_highlighted_in_another(study: wb.Study):
     assert two.table.selected == ["3", "4"]
     one.close()
     two.close()
-
-
-# Profile
-
-
-def test_a_profile_runs_as_a_job_and_fills_bars_and_table(study: wb.Study, settle):
-    panel = ProfilePanel(study)
-    assert panel.table.rows == []
-    panel.run.click()
-    settle()
-    assert panel.notices.text == ""
-    assert panel.profile.batch == 1
-    assert [r["cells"][0] for r in panel.table.rows][-1] == "(unattributed)"
-    assert "from end to end" in panel.facts.value
-    figure = panel.bars.outputs[0]["data"]["application/vnd.plotly.v1+json"]
-    assert len(figure["data"][0]["customdata"]) == len(panel.table.rows)
-
-    panel.table._received(panel.table, {"kind": "pick", "key": "0"}, [])
-    _bind.flush()
-    assert panel.selection.layer == panel.table.rows[0]["cells"][0]
-    assert panel.table.selected == ["0"]
-    assert "ONNX Runtime" in panel.to_text()
-    panel.close()
-
-
-def test_a_candidate_can_be_profiled_and_the_code_says_how(study: wb.Study, settle):
-    panel = ProfilePanel(study)
-    assert panel.copy.text == "import workbench as wb\nwb.profile(study.model, on=wb.OnnxRuntime(), batch=1).frame()"
-    panel.what.value = 3
-    panel.batch.value = 4
-    panel.run.click()
-    settle()
-    assert panel.notices.text == ""
-    assert panel.profile.batch == 4
-    assert panel.copy.text == (
-        "import workbench as wb\ncandidate = study.run([wb.Prune(0.5)], on=wb.OnnxRuntime())\n"
-        "wb.profile(candidate.model(), on=wb.OnnxRuntime(), batch=4).frame()"
-    )
-    panel.close()
-
-
-def test_a_batch_size_of_none_is_refused_beside_the_control(study: wb.Study, settle):
-    panel = ProfilePanel(study)
-    panel.batch.value = 0
-    panel.run.click()
-    settle()
-    assert "a whole number of at least 1 is needed" in panel.refused.value
-    assert panel.profile is None
-    panel.batch.value = 1
-    settle()
-    assert panel.refused.value == ""
-    panel.close()
-
-
-def test_the_bars_follow_the_theme(study: wb.Study):
-    panel = ProfilePanel(study)
-
-    def colour() -> str:
-        return panel.bars.outputs[0]["data"]["application/vnd.plotly.v1+json"]["layout"]["font"]["color"]
-
-    light = colour()
-    panel.theme.dark = True
-    _bind.flush()
-    assert colour() != light
-    panel.close()
 
 
 # Compare

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from workbench.errors import StepError
 from workbench.models import inputs as model_inputs
 from workbench.models.model import Model
 
+_KEPT = "kept_channels"  # an attribute of a narrowed layer, which its model's edits therefore hold
 _LEAST_KEPT = 0.1  # of each layer under global ranking: a layer cut to nothing cannot recover
 _TOLERANCE = 1e-4  # of the largest output; float32 rounding through a hundred layers stays below
 
@@ -60,7 +62,21 @@ class _Trial:
     fault: str
 
 
-def remove_channels(model: Model, width: Width) -> nn.Module:
+def removable(model: Model) -> list[tuple[str, ...]]:
+    """Groups of layers that can lose channels without changing what the rest computes; each loses the same ones.
+
+    Raises
+    ------
+    StepError
+        If the network cannot be traced.
+    """
+    with _tracing():
+        surgery = _Surgery(model, Width(ratio=0.5, importance="l2", scope="layer", round_to=1))
+        groups = surgery.prunable()
+        return [groups[name] for name in surgery.safe(list(groups))]
+
+
+def remove_channels(model: Model, width: Width, only: str | None = None) -> nn.Module:
     """A copy of the model's module with its least important channels physically removed.
 
     Parameters
@@ -69,11 +85,14 @@ def remove_channels(model: Model, width: Width) -> nn.Module:
         One whose module autograd can trace; frozen parameters are allowed and stay frozen.
     width
         How many channels to keep, and by what measure.
+    only
+        This layer alone is narrowed, with those that lose the same channels.
 
     Returns
     -------
     nn.Module
-        In evaluation mode; the layers that produce the output keep their width.
+        In evaluation mode; the layers that produce the output keep their width. Each narrowed layer has an attribute
+        ``kept_channels``: the numbers, in the untouched module, of the output channels it still has.
 
     Raises
     ------
@@ -84,15 +103,14 @@ def remove_channels(model: Model, width: Width) -> nn.Module:
     -----
     Dependency groups after Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023.
     """
-    # tracing follows grad_fn, which a caller's no_grad or inference_mode would leave empty
-    with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its guesses about bare parameters are checked by running the result
+    with _tracing():
         surgery = _Surgery(model, width)
-        names = surgery.prunable()
+        names = [name for name, losing in surgery.prunable().items() if only is None or only in losing]
         safe = surgery.safe(names)
         if not safe:
+            subject = f"No layer of {model.name} can" if only is None else f"Layer {only} of {model.name} cannot"
             raise StepError(
-                f"No layer of {model.name} can lose a channel: {_why(names, surgery.trial)} Zero single weights "
+                f"{subject} lose a channel: {_why(names, surgery.trial, only)} Zero single weights "
                 f"instead: wb.Prune({width.ratio:g}, structured=False)."
             )
         trial = surgery.attempt(safe)
@@ -103,17 +121,25 @@ def remove_channels(model: Model, width: Width) -> nn.Module:
             )
         if not trial.removed:
             raise StepError(
-                f"A ratio of {width.ratio:g} removes no channel of {model.name} in widths that are multiples of "
-                f"{width.round_to}. Give a larger ratio or a smaller round_to."
+                f"A ratio of {width.ratio:g} removes no channel of {only or model.name} in widths that are multiples "
+                f"of {width.round_to}. Give a larger ratio or a smaller round_to."
             )
         for name, parameter in model.module.named_parameters():
             trial.pruned.get_parameter(name).requires_grad_(parameter.requires_grad)
         return trial.pruned.eval()
 
 
-def _why(names: Sequence[str], trial: _Trial | None) -> str:
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """Follow grad_fn, which a caller's no_grad or inference_mode would leave empty, and keep the tracer quiet."""
+    with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its guesses about bare parameters are checked by running the result
+        yield
+
+
+def _why(names: Sequence[str], trial: _Trial | None, only: str | None) -> str:
     if not names:
-        return "each of its layers feeds the output directly."
+        return f"{'each of its layers' if only is None else 'it'} feeds the output directly."
     return (
         f"the channels of {', '.join(names[:3])}{' and others' * (len(names) > 3)} cannot be followed ({trial.fault})."
     )
@@ -130,8 +156,11 @@ class _Surgery:
         self._tried: tuple[str, ...] = ()
         self.trial: _Trial | None = None
 
-    def prunable(self) -> list[str]:
-        """Names of the layers that head a group of channels which ends before the output; the largest group first."""
+    def prunable(self) -> dict[str, tuple[str, ...]]:
+        """Layers that head a group of channels which ends before the output, the largest group first.
+
+        With each, all layers that lose output channels with it.
+        """
         module = _traceable(self.module)
         try:
             graph = self._graph(module)
@@ -146,8 +175,13 @@ class _Surgery:
                 for dep, _ in group
             )
             if not reaches_output:
-                found.append((len(group), names[group[0].dep.target.module]))
-        return [name for _, name in sorted(found, key=lambda pair: -pair[0])]
+                losing = [
+                    names[dep.target.module]
+                    for dep, _ in group
+                    if isinstance(dep.target.module, WEIGHTED) and graph.is_out_channel_pruning_fn(dep.handler)
+                ]
+                found.append((len(group), names[group[0].dep.target.module], tuple(dict.fromkeys(losing))))
+        return {name: losing for _, name, losing in sorted(found, key=lambda entry: -entry[0])}
 
     def safe(self, names: Sequence[str], front: int = 1) -> list[str]:
         """Those of `names` that can be pruned and leave the network right, found by splitting what fails.
@@ -172,6 +206,7 @@ class _Surgery:
         layers = {name: layer for name, layer in pruned.named_modules() if isinstance(layer, WEIGHTED)}
         name_of = {layer: name for name, layer in layers.items()}
         left = {name: list(range(_inputs_of(layer))) for name, layer in layers.items()}
+        kept = {name: list(getattr(layer, _KEPT, range(_outputs_of(layer)))) for name, layer in layers.items()}
         unread: dict[str, list[int]] = {}
         try:
             graph = self._graph(pruned)
@@ -179,9 +214,11 @@ class _Surgery:
             for layer, function, indices in _choose(graph, groups, self.width):
                 group = graph.get_pruning_group(layer, function, indices)
                 for dep, dropped in group:
-                    name = name_of.get(dep.target.module)
+                    name, gone = name_of.get(dep.target.module), set(dropped)
+                    if name is not None and graph.is_out_channel_pruning_fn(dep.handler):
+                        kept[name] = [channel for i, channel in enumerate(kept[name]) if i not in gone]
+                        setattr(dep.target.module, _KEPT, tuple(kept[name]))
                     if name is not None and graph.is_in_channel_pruning_fn(dep.handler):
-                        gone = set(dropped)
                         unread.setdefault(name, []).extend(left[name][i] for i in gone)
                         left[name] = [channel for i, channel in enumerate(left[name]) if i not in gone]
                 group.prune()
@@ -235,6 +272,10 @@ def _groups(graph: torch_pruning.DependencyGraph) -> Iterator[Any]:
 
 def _inputs_of(layer: nn.Module) -> int:
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
+def _outputs_of(layer: nn.Module) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
 def _choose(

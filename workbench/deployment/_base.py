@@ -284,7 +284,7 @@ class Engine(ABC):
         BackendError
             If the engine is closed, or cannot tell its operations apart.
         """
-        self(*inputs)
+        self._check(tuple(inputs))
         plain = []
         with self.recorder(inputs) as recorder:
             for calls in recorder.parts(repeats):

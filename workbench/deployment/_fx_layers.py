@@ -8,39 +8,33 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
+from workbench.deployment._plan import plan
 from workbench.deployment._timing import Kind
+from workbench.models.operations import operation_name
+
+Role = Literal["fused", "template", "library"]
 
 KEY = "workbench.operation"  # in the part of the metadata that torch leaves to its users and always passes on
 
 # operations that put numbers elsewhere, or write them in another type, and compute none
 _COPIES = {"clone", "copy", "_to_copy", "convert_element_type", "device_put"}
-_SYNONYMS = {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder"}
-_IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of the traced program.
+    """One operation of the traced program: torch's name of it, its layers, and the nodes whose results it takes.
 
-    Attributes
-    ----------
-    name
-        Torch's, without overload and underscores: ``conv2d``, ``add``.
-    path
-        Of the innermost module it was called in.
-    layers
-        Those it computes: one, unless it stands for a module with its parts.
-    inputs
-        The operations whose results it takes, by node.
+    It has one layer, unless it computes a module whose parts are layers of their own.
     """
 
     name: str
-    path: str
     layers: tuple[str, ...]
     inputs: tuple[str, ...]
 
@@ -54,38 +48,75 @@ class Share:
     operations: tuple[str, ...]
 
 
-def operations(graph: fx.Graph, path_of: Callable[[str], str | None]) -> dict[str, Operation]:
-    """The operations of a traced program by node, in execution order.
-
-    An operation belongs to the module it was called in; where that module calls others as well, the operation is a
-    layer of its own, numbered where the module calls it more than once.
+class Modules:
+    """The modules that a call of a model runs, as its trace spells them.
 
     Parameters
     ----------
-    path_of
-        Gives the path in the model of a module as the trace spells it; None for what is no module of the model.
+    model
+        Its paths are the names of layers.
+    called
+        What is called and traced, with `inputs`: the model, or a module around it. The trace calls it
+        ``L['module']``; a trace of an exported program has the paths within it instead.
     """
-    nodes = [node for node in graph.nodes if node.op in ("call_function", "call_method") and _gives_tensors(node)]
-    paths = {node: _paths(node, path_of) for node in nodes}
-    # every level above a call, containers that are not called themselves included
-    outer = {""} | {path.rsplit(".", i)[0] for p in paths.values() for path in p for i in range(1, path.count(".") + 1)}
-    outer |= {path for p in paths.values() for path in p[:-1]}
+
+    def __init__(self, model: nn.Module, called: nn.Module, inputs: Sequence[Tensor]):
+        planned = plan(model, lambda: called(*inputs), "")
+        self._leaves = planned.leaves
+        self._layers = {row.name: row.layers for _, row in planned.rows}
+        self._called = called
+        self._names = {part: path for path, part in model.named_modules()}
+        self._paths = set(self._names.values())
+        # what runs is a leaf, or has leaves or operations in it; an exported program has modules that only hold weights
+        within = (*self._leaves, *self._layers)
+        self._ran = {name.rsplit(".", i)[0] for name in within for i in range(name.count(".") + 1)} & self._paths
+
+    def layers(self, node: fx.Node, operation: str, taken: set[str]) -> tuple[str, ...]:
+        """Those of a node that computes `operation`, by a name that is not in `taken`, and is added to it."""
+        path = self._around(node)
+        if path in self._leaves:
+            return self._layers.get(path, (path,))
+        stem = name = f"{path}.{operation}" if path else operation
+        number = 0
+        while name in taken or name in self._paths:
+            number += 1
+            name = f"{stem}_{number}"
+        taken.add(name)
+        return (name,)
+
+    def _around(self, node: fx.Node) -> str:
+        """Path of the innermost module a node was called in."""
+        stack = [spelled for spelled, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        return next((path for path in map(self._path, reversed(stack)) if path is not None), "")
+
+    def _path(self, spelled: str) -> str | None:
+        dotted = re.sub(r"(?:\._modules)?\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", spelled.removeprefix("L['module']"))
+        try:
+            path = self._names.get(self._called.get_submodule(dotted.strip(".")))
+        except AttributeError:
+            return None
+        return path if path in self._ran else None
+
+
+def operations(graph: fx.Graph, modules: Modules) -> dict[str, Operation]:
+    """The operations of a traced program by node, in execution order, each with its layer.
+
+    That is the module it was called in; where the module calls others as well, the operation is a layer of its own,
+    numbered where there are several of one name.
+    """
     found: dict[str, Operation] = {}
-    seen: dict[str, int] = {}
-    for node in nodes:
+    taken: set[str] = set()
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method") or not _is_operation(node):
+            continue
         inputs = tuple(source.name for source in node.all_input_nodes if source.name in found)
         if node.target is operator.getitem and not isinstance(_value(node.args[0]), Tensor):
-            # one of several results; taking it is no operation
+            # one of several results; to take it is no operation
             source = found[node.args[0].name]
-            found[node.name] = Operation(source.name, source.path, source.layers, inputs)
+            found[node.name] = Operation(source.name, source.layers, inputs)
             continue
-        name, path = _operation(node.target), paths[node][-1]
-        layer = path
-        if path in outer:
-            layer = f"{path}.{name}".lstrip(".")
-            seen[layer] = seen.get(layer, 0) + 1
-            layer += f"_{seen[layer] - 1}" if seen[layer] > 1 else ""
-        found[node.name] = Operation(name, path, (layer,), inputs)
+        name = _operation(node)
+        found[node.name] = Operation(name, modules.layers(node, name, taken), inputs)
     return found
 
 
@@ -96,21 +127,7 @@ def mark(graph: fx.Graph, found: Mapping[str, Operation]) -> None:
             node.meta["custom"] = {**(node.meta.get("custom") or {}), KEY: node.name}
 
 
-def module_paths(called: nn.Module, model: nn.Module) -> Callable[[str], str | None]:
-    """A function for `operations`: the trace calls the module `called` ``L['module']``; paths are those in `model`."""
-    names = {part: name for name, part in model.named_modules()} | ({} if called is model else {called: ""})
-
-    def path_of(spelled: str) -> str | None:
-        spelled = re.sub(r"(?:\._modules)?\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", spelled.removeprefix("L['module']"))
-        try:
-            return names.get(called.get_submodule(spelled.strip(".")))
-        except AttributeError:
-            return None
-
-    return path_of
-
-
-def shares(kernels: Sequence[tuple[Sequence[fx.Node], bool]], found: Mapping[str, Operation]) -> list[Share]:
+def shares(kernels: Sequence[tuple[Sequence[fx.Node], Role]], found: Mapping[str, Operation]) -> list[Share]:
     """What each kernel of a program computes.
 
     An operation that no kernel computes was replaced or dropped. If it lies between what a library's operation takes
@@ -120,36 +137,35 @@ def shares(kernels: Sequence[tuple[Sequence[fx.Node], bool]], found: Mapping[str
     Parameters
     ----------
     kernels
-        In execution order: the nodes of the lowered graph it was made of, in that graph's order, and whether it is one
-        operation of a library, which is the last of them.
+        In execution order, each with the nodes of the lowered graph it was made of, in that graph's order. An operation
+        of a library is the last of them; a generated kernel fuses them all, around the one operation it was written
+        for if it comes from a template.
     found
         The operations of the traced program, which `mark` has written into its graph.
     """
-    single = {nodes[-1] for nodes, library in kernels if library and nodes}
+    whole = [nodes[-1:] if role == "library" else [n for n in nodes if not _is_view(n)] for nodes, role in kernels]
+    elsewhere = {n for mine, (_, role) in zip(whole, kernels, strict=True) if role != "fused" for n in mine}
     own: list[dict[str, None]] = []
     kinds: list[Kind] = []
-    for nodes, library in kernels:
-        mine = list(nodes[-1:]) if library else [n for n in nodes if n not in single and not _is_view(n)]
+    for mine, (nodes, role) in zip(whole, kernels, strict=True):
+        mine = [n for n in mine if role != "fused" or n not in elsewhere]
         kinds.append("layer" if any(_base(n) not in _COPIES for n in mine) else "move")
-        # a kernel without an operation of its own prepares what a library's operation takes
+        # a kernel without an operation of its own prepares what another's takes
         own.append(dict.fromkeys(filter(None, map(_source, mine or nodes))))
     owner: dict[str, int] = {}
     for index, mine in enumerate(own):
         owner.update((name, index) for name in mine if kinds[index] == "layer" or name not in owner)
-    for index, (nodes, library) in enumerate(kernels):
-        if library and nodes:
+    for index, (nodes, role) in enumerate(kernels):
+        if role == "library" and nodes:
             stops = {_source(node) for node in nodes[-1].all_input_nodes}
             for name in [name for name in own[index] if name not in stops]:
                 _claim_replaced(name, index, stops, found, owner)
     _claim_dropped(found, owner)
-    for name, index in owner.items():
-        own[index].setdefault(name)
-    order = {name: position for position, name in enumerate(found)}
     result = []
-    for kind, mine in zip(kinds, own, strict=True):
-        taken = [found[name] for name in sorted(mine, key=order.__getitem__)]
-        layers = dict.fromkeys(layer for operation in taken for layer in operation.layers)
-        result.append(Share(kind, tuple(layers), tuple(dict.fromkeys(operation.name for operation in taken))))
+    for index, (kind, mine) in enumerate(zip(kinds, own, strict=True)):
+        layers = [layer for name in found if name in mine or owner.get(name) == index for layer in found[name].layers]
+        computed = [found[name].name for name in found if name in mine]
+        result.append(Share(kind, tuple(dict.fromkeys(layers)), tuple(dict.fromkeys(computed))))
     return result
 
 
@@ -185,30 +201,24 @@ def _source(node: fx.Node) -> str:
     return name or next(filter(None, map(_source, results)), "")
 
 
-def _paths(node: fx.Node, path_of: Callable[[str], str | None]) -> list[str]:
-    """Paths of the modules around a node, outermost first; never empty."""
-    stack = [path_of(spelled) for spelled, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    return [path for path in stack if path is not None] or [""]
+def _operation(node: fx.Node) -> str:
+    """Torch's name of what a node computes: a method, a function, an overload, or one of Python's operators."""
+    function = node.target
+    if isinstance(function, str):
+        function = getattr(Tensor, function)
+    elif getattr(function, "__module__", "") == operator.add.__module__:
+        function = getattr(Tensor, f"__{function.__name__.strip('_')}__", function)
+    return operation_name(function, pytree.tree_map_only(fx.Node, _value, node.args))
 
 
-def _operation(target: object) -> str:
-    """``flatten`` of a method, a function, an operator or an overload."""
-    name = target if isinstance(target, str) else getattr(target, "__name__", str(target)).partition(".")[0]
-    name = name.strip("_")
-    if name.startswith("i") and name[1:] in _IN_PLACE:
-        name = name[1:]
-    return _SYNONYMS.get(name, name)
-
-
-def _value(node: fx.Node) -> object:
+def _value(node: fx.Node) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
-def _gives_tensors(node: fx.Node) -> bool:
-    value = _value(node)
-    return isinstance(value, Tensor) or (
-        isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value)
-    )
+def _is_operation(node: fx.Node) -> bool:
+    """Whether a node of the traced program makes or changes tensors."""
+    values = pytree.tree_leaves(_value(node))
+    return node.target is operator.setitem or any(isinstance(value, Tensor) for value in values)
 
 
 def _base(node: fx.Node) -> str:

@@ -86,6 +86,7 @@ class OrtRecorder(Recorder):
             kernels.append(Kernel(event["args"]["op_name"], (name,), *tensors))
         layers = Lineage.of(onnx.load_model_from_string(self._data)).layers(kernels)
         rows = []
+        known = {name: Port(name, x.shape, str(x.dtype)) for name, x in self._feeds.items()}
         for index, kernel in enumerate(kernels):
             args = runs[0][index]["args"]
             recorded = _within_microsecond([run[index]["dur"] for run in runs])
@@ -93,7 +94,7 @@ class OrtRecorder(Recorder):
             rows.append(
                 OpTiming(
                     kernel.sources[0], kernel.type, layers[index], times,
-                    **_about(kernel, args, nodes.get(kernel.sources[0]), weights),
+                    **_about(kernel, args, nodes.get(kernel.sources[0]), weights, known),
                 )
             )  # fmt: skip
         return rows
@@ -132,29 +133,26 @@ class _Log:
 
 
 def _about(
-    kernel: Kernel, args: Mapping[str, Any], node: onnx.NodeProto | None, weights: Mapping[str, int]
+    kernel: Kernel,
+    args: Mapping[str, Any],
+    node: onnx.NodeProto | None,
+    weights: Mapping[str, int],
+    known: dict[str, Port],
 ) -> dict[str, Any]:
-    """What the profiler and the optimised graph say of a kernel besides its time."""
+    """What the profiler and the optimised graph say of a kernel besides its time; `known` grows by what it writes."""
     kind: Kind = "move" if kernel.type in _MOVES else "layer"
-    shapes = [_port("", entry) for entry in args.get("input_type_shape", ())]
-    written = [
-        _port(name, entry) for name, entry in zip(kernel.writes, args.get("output_type_shape", ()), strict=False)
-    ]
+    given = args.get("output_type_shape", ())
+    written = tuple(_port(name, entry) for name, entry in zip(kernel.writes, given, strict=False))
+    known.update((port.name, port) for port in written)
+    first = next((_port("", entry).dtype for entry in args.get("input_type_shape", ())), "")
+    about = {"kind": kind, "writes": written, "precision": "" if kind == "move" else _PRECISIONS.get(first, first)}
     if node is None:
-        return {"kind": kind, "writes": tuple(written)}
-    activations = [name for name in node.input if name and name not in weights]
-    # weights packed beforehand are left out of the shapes, and activations come first
-    read = [Port(name, port.shape, port.dtype) for name, port in zip(activations, shapes, strict=False)]
-    held = [weights[name] for name in node.input if name in weights]
-    kernel_shape = next((tuple(a.ints) for a in node.attribute if a.name == "kernel_shape"), ())
-    dtype = (read or written)[0].dtype if read or written else ""
-    return {
-        "kind": kind,
-        "reads": tuple(read),
-        "writes": tuple(written),
-        "weight_bytes": sum(held),
-        "precision": "" if kind == "move" else _PRECISIONS.get(dtype, dtype),
-        "kernel": kernel_shape,
+        return about
+    return about | {
+        # the profiler leaves weights packed beforehand out of its list of inputs, so that its order tells nothing
+        "reads": tuple(known[name] for name in node.input if name in known and name not in weights),
+        "weight_bytes": sum(weights[name] for name in node.input if name in weights),
+        "kernel": next((tuple(a.ints) for a in node.attribute if a.name == "kernel_shape"), ()),
     }
 
 

@@ -32,7 +32,12 @@ _HEAVY = {
 }
 
 # operations that an engine knows under another name, and numbers instead of keeping the node's
-_RENAMED = {"MVN": ("LayerNormalization", "InstanceNormalization", "GroupNormalization")}
+_RENAMED = {
+    "MVN": ("LayerNormalization", "InstanceNormalization", "GroupNormalization"),
+    "LSTMSequence": ("LSTM",),
+    "GRUSequence": ("GRU",),
+    "RNNSequence": ("RNN",),
+}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import os
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from workbench.deployment._base import Availability
+from workbench.deployment._fx_layers import Modules
+from workbench.deployment._inductor import Listener
+from workbench.deployment._kernel_profile import KernelRecorder
 from workbench.deployment._timing import Recorder
 from workbench.deployment._torch import TorchBackend, TorchEngine
 from workbench.errors import BackendError
@@ -74,20 +78,26 @@ class CompiledEngine(TorchEngine):
         super().start(tuple(x[:1] for x in example))
 
     def _callable(self) -> Callable[..., Any]:
+        settings = {"mode": self.backend.mode}
+        return self._programs(lambda _: settings)
+
+    def _programs(self, settings: Callable[[Sequence[Tensor]], dict[str, Any]]) -> Callable[..., Any]:
+        """What compiles a program for each shape of the inputs; `settings` are those of ``torch.compile`` for them."""
         plain = self._by_position()
         programs: dict[tuple[torch.Size, ...], Callable[..., Any]] = {}
-        name, mode = self.name, self.backend.mode
+        name = self.name
 
         def call(*tensors: Tensor) -> Any:
             shapes = tuple(t.shape for t in tensors)
             program = programs.get(shapes)
             if program is not None:
                 return program(*tensors)
+            how = settings(tensors)
             try:
-                programs[shapes], result = _compiled(plain, mode, tensors)
+                programs[shapes], result = _compiled(plain, how, tensors)
             except RuntimeError as error:
                 try:
-                    programs[shapes], result = _compiled(_exported(plain, tensors), mode, tensors)
+                    programs[shapes], result = _compiled(_exported(plain, tensors), how, tensors)
                 except Exception:  # what the exporter says of a stranger's module is no clearer than the first error
                     raise _refusal(name, error) from error
             return result
@@ -95,12 +105,26 @@ class CompiledEngine(TorchEngine):
         return call
 
     def recorder(self, inputs: Sequence[np.ndarray]) -> Recorder:
-        raise BackendError("Per-layer profiles of compiled models are not available; profile with wb.Eager().")
+        """A program of its own for these inputs, of the same kernels, that torch's profiler can tell apart."""
+        listener = Listener(self.backend.mode)
+
+        def settings(tensors: Sequence[Tensor]) -> dict[str, Any]:
+            listener.modules = Modules(self._module, self._by_position(), tensors)
+            return {"backend": listener}
+
+        recorded = copy.copy(self)
+        recorded._call = self._programs(settings)
+        try:
+            recorded(*inputs)
+            launches = listener.launches()
+        finally:
+            listener.forget()
+        return KernelRecorder(lambda: recorded(*inputs), launches, self._device != "cpu")
 
 
-def _compiled(module: nn.Module, mode: str, tensors: Sequence[Tensor]) -> tuple[Callable[..., Any], Any]:
+def _compiled(module: nn.Module, settings: dict[str, Any], tensors: Sequence[Tensor]) -> tuple[Callable[..., Any], Any]:
     """A program for inputs like these, and what it gives for them."""
-    program = torch.compile(_own_code(module), fullgraph=True, dynamic=False, mode=mode)
+    program = torch.compile(_own_code(module), fullgraph=True, dynamic=False, **settings)
     return program, program(*tensors)
 
 
@@ -117,6 +141,7 @@ def _own_code(module: nn.Module) -> Callable[..., Any]:
     candidate of one architecture would be timed uncompiled. With a code object of its own each program is the first.
     """
 
+    # a trace names modules and inputs after these two variables, which recorders look for
     def call(*tensors: Tensor) -> Any:
         return module(*tensors)
 

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
-from workbench import formatting as fmt
+from workbench.figures import _rows as rows
 from workbench.figures import _style as style
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-ROW_HEIGHT_PX = 22
+ROW_HEIGHT_PX = rows.ROW_HEIGHT_PX
 _FRAME_HEIGHT_PX = 64
-_LABEL_LENGTH = 32
 _UNATTRIBUTED = "unattributed"
 
 
@@ -43,33 +42,16 @@ def _info(frame: pd.DataFrame) -> BarsInfo:
 
 
 def _bar(row: pd.Series) -> Bar:
-    layer, name, kind = (str(row[k]) if pd.notna(row[k]) else "" for k in ("layer", "name", "type"))
-    latency, share = float(row["latency_ms"]), float(row["share"])
-    unattributed = kind == _UNATTRIBUTED
-    lines = [f"<b>{style.plain(layer or name)}</b>"]
-    if not unattributed:
-        lines.append(" · ".join(style.plain(w) for w in (kind, name) if w and w != layer))
-    lines.append(f"{fmt.milliseconds(latency)} · {fmt.share(share)} of the call")
-    if pd.notna(row["latency_p95_ms"]):
-        lines.append(f"p95 {fmt.milliseconds(float(row['latency_p95_ms']))}")
-    if pd.notna(row["macs"]) and row["macs"] > 0:
-        lines.append(f"{fmt.count(float(row['macs']))} MACs · {fmt.count(float(row['parameters']))} parameters")
+    layer = rows.words(row, "layer")
+    latency = float(row["latency_ms"])
     return Bar(
-        label=_shorten(layer or name),
+        label=rows.shorten(layer or rows.words(row, "name")),
         layer=layer,
-        share=100 * share,
-        text=fmt.milliseconds(latency).replace("-", "−"),
-        hover="<br>".join(lines),
-        unattributed=unattributed,
+        share=100 * float(row["share"]),
+        text=rows.written("latency_ms", latency),
+        hover="<br>".join(rows.hover(row)),
+        unattributed=rows.words(row, "type") == _UNATTRIBUTED,
     )
-
-
-def _shorten(text: str) -> str:
-    """Long names lose their middle: the start says which block, the end which layer."""
-    if len(text) <= _LABEL_LENGTH:
-        return text
-    half = (_LABEL_LENGTH - 1) // 2
-    return f"{text[:half]}…{text[-half:]}"
 
 
 def profile_bars_figure(frame: pd.DataFrame, *, selected: str | None = None, dark: bool = False) -> Figure:
@@ -93,10 +75,9 @@ def profile_bars_figure(frame: pd.DataFrame, *, selected: str | None = None, dar
 
     info = _info(frame)
     if not info.bars:
-        return Figure(layout=style.message("No profile yet. Choose an engine and run it.", dark))
+        return Figure(layout=style.message(rows.NO_PROFILE, dark))
     ink = style.ink(dark)
-    wanted = set(selected.split(" + ")) if selected else set()
-    chosen = [not wanted.isdisjoint(b.layer.split(" + ")) for b in info.bars]
+    chosen = [rows.is_selected(b.layer, selected) for b in info.bars]
     positions = list(range(len(info.bars)))
     bars = {
         "type": "bar",
@@ -112,17 +93,7 @@ def profile_bars_figure(frame: pd.DataFrame, *, selected: str | None = None, dar
             "line": {"color": ink.text, "width": [2 if c else 0 for c in chosen]},
         },
     }
-    latencies = {
-        "type": "scatter",
-        "mode": "text",
-        "x": [max(b.share, 0.0) for b in info.bars],  # beside the axis for a negative rest, clear of the names
-        "y": positions,
-        "text": [f"\u2009{b.text}" for b in info.bars],
-        "textposition": "middle right",
-        "textfont": {"size": 12, "color": ink.muted},
-        "hoverinfo": "skip",
-        "cliponaxis": False,
-    }
+    latencies = rows.beside(bars["x"], [b.text for b in info.bars], ink)
     highest = max(max(b.share for b in info.bars), 1.0)
     lowest = min(min(b.share for b in info.bars), 0.0)
     span = highest - lowest

@@ -15,11 +15,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
+from torch.fx import traceback as fx_traceback
 from torch.onnx.errors import OnnxExporterError
 
 from workbench.errors import LoadError
 from workbench.models import provenance as naming
 from workbench.models.inputs import explicit, output_names, outputs
+from workbench.models.operations import Event, Visitor, Watch
 from workbench.models.provenance import provenance
 
 __all__ = ["ExportWarning", "provenance", "to_onnx"]
@@ -115,23 +117,47 @@ def _newer_fixed(module: nn.Module, example: dict[str, Tensor], keywords: bool) 
 
 def _program(module: nn.Module, example: dict[str, Tensor], keywords: bool, dynamic: Any) -> ir.Model:
     names = _output_names(module, example, keywords)
-    program = torch.onnx.export(
-        module,
-        () if keywords else tuple(example.values()),
-        kwargs=example if keywords else None,
-        dynamo=True,
-        dynamic_shapes=dynamic,
-        input_names=list(example),
-        output_names=names,
-        optimize=False,  # done below, once it is noted which node came from where
-        verbose=False,
-    )
-    leaves = naming.leaves(program.model, [path for path, _ in module.named_modules()])
-    origins = naming.snapshot(program.model, leaves)
+    labels = _Labels(module)
+    with labels.watch:
+        program = torch.onnx.export(
+            module,
+            () if keywords else tuple(example.values()),
+            kwargs=example if keywords else None,
+            dynamo=True,
+            dynamic_shapes=dynamic,
+            input_names=list(example),
+            output_names=names,
+            optimize=False,  # done below, once it is noted which node came from where
+            verbose=False,
+        )
+    paths = [path for path, _ in module.named_modules()]
+    layer = naming.layer_of(program.model, paths, labels.of(program.exported_program.graph))
+    origins = naming.snapshot(program.model, layer)
     program.optimize()
-    layers = naming.layers_after(program.model, origins, leaves)
+    layers = naming.layers_after(program.model, origins, layer)
     naming.rename(program.model, layers, _kept(module, example, names))
     return program.model
+
+
+class _Labels(Visitor):
+    """Notes with each node that tracing makes which call it comes from, so that layers have one name everywhere."""
+
+    def __init__(self, module: nn.Module):
+        self.watch = Watch(module, self)
+
+    def enter(self, event: Event) -> None:
+        event.noted = len(self.watch.events)
+
+    def run(self, event: Event, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # only here: torch.export notes things of its own meanwhile, over which it may stumble later
+        with fx_traceback.preserve_node_meta(), fx_traceback.annotate({naming.KEY: event.noted}):
+            return function(*args, **kwargs)
+
+    def of(self, graph: fx.Graph) -> dict[str, str]:
+        """Layer by name of the node, for those that have one."""
+        layers = {event.noted: layer for event, layer in self.watch.layers().items()}
+        calls = {node.name: (node.meta.get("custom") or {}).get(naming.KEY) for node in graph.nodes}
+        return {name: layers[call] for name, call in calls.items() if layers.get(call)}
 
 
 def _older(module: nn.Module, example: dict[str, Tensor], keywords: bool) -> tuple[ir.Model, str]:
@@ -144,7 +170,7 @@ def _older(module: nn.Module, example: dict[str, Tensor], keywords: bool) -> tup
         dynamic = False
     graph = runs[0] if dynamic else _followed(module, example, keywords, dynamic=False)
     model = ir.from_proto(graph)
-    layers = naming.layers_by_name({path for path, _ in module.named_modules()})
+    layers = naming.layers_by_name(model, {path for path, _ in module.named_modules()})
     naming.rename(model, layers, _kept(module, example, [value.name for value in graph.graph.output]))
     return model, _OLDER if dynamic else f"{_OLDER} {_FIXED.format(_size(example))}"
 

@@ -1,31 +1,38 @@
-"""Layer tables: a row per layer with its shapes, parameters and multiply-accumulates.
+"""Layer tables: a row per layer with its shapes, parameters, multiply-accumulates and bytes.
 
-Columns: layer, type, input_shape, output_shape, parameters, macs. Shapes are tuples without the batch axis (of the
-first tensor, where a layer takes or gives several; None for a length that is not known), MACs those of one sample.
+Columns: layer, type, input_shape, output_shape, parameters, macs, input_bytes, weight_bytes, output_bytes. Shapes are
+tuples without the batch axis (of the first tensor, where a layer takes or gives several; None for a length that is not
+known), MACs and bytes those of one sample, in the dtypes the tensors have. What gives a view of its input (a reshape, a
+transposition, a slice) reads and writes nothing; a change in place is read and written; of a table of embeddings, the
+rows looked up are read.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import onnx
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils import flop_counter
 
 from workbench.errors import LoadError
 from workbench.models import graph_layers, inputs
+from workbench.models.operations import Event, Visitor, Watch
+from workbench.models.traffic import Held, Moved, Traffic
 
 if TYPE_CHECKING:
     from workbench.models.model import Model
 
-COLUMNS = ["layer", "type", "input_shape", "output_shape", "parameters", "macs"]
+COLUMNS = [
+    *("layer", "type", "input_shape", "output_shape", "parameters", "macs"),
+    *("input_bytes", "weight_bytes", "output_bytes"),
+]
 
 
 def _attention_flops(q: tuple, k: tuple, v: tuple, *_: Any, **__: Any) -> int:
@@ -47,18 +54,19 @@ _MORE_FLOPS = {
 def module_table(model: Model) -> pd.DataFrame:
     """The layers of a model's module in execution order, counted while it runs once on its example inputs.
 
-    A layer is a module without children; one called twice has two rows, the second with no parameters. Work or
-    parameters that belong to no such layer (a matrix product written out in a block's forward) are a row of the module
-    around them. A TorchScript module, whose parts cannot be watched, is one row.
+    A layer is a module that calls no other, or an operation between such modules (see `operations`); one called twice
+    has two rows, the second with no parameters. Parameters are counted where they are first used. Work or parameters
+    that belong to no such layer are a row of the module around them. A TorchScript module is one row.
 
     Raises
     ------
     LoadError
         If the module fails on its example inputs; the layer that failed is named.
     """
-    watch = _Watch(model.module, model.name, next(iter(model.example.values())).shape[0])
-    watch.run(model.example, model.keywords)
-    return pd.DataFrame(watch.rows, columns=COLUMNS)
+    tally = _Tally(model)
+    with unfused(), tally.watch, tally.traffic, tally.flops:
+        call(model.module, model.example, model.keywords, model.name, tally.watch)
+    return pd.DataFrame(tally.rows(), columns=COLUMNS)
 
 
 def graph_table(graph: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]] | None = None) -> pd.DataFrame:
@@ -94,116 +102,117 @@ def run(module: nn.Module, example: Mapping[str, Tensor], keywords: bool, name: 
     LoadError
         If it fails, naming the layer that failed; or if it gives something else than tensors.
     """
-    with _track(module, enter=lambda *_: None, leave=lambda *_: None) as path:
-        return inputs.outputs(_call(module, example, keywords, name, path))
+    with unfused(), Watch(module) as watch:
+        return inputs.outputs(call(module, example, keywords, name, watch))
 
 
-class _Watch:
-    """Counts what each module of a network does while the network runs."""
+@dataclass(eq=False, slots=True)
+class _Count:
+    """What one call did; `flops` and `within` are its operations and those of the calls it made."""
 
-    def __init__(self, module: nn.Module, name: str, batch: int):
-        self.module, self.name, self.batch = module, name, batch
-        self.rows: list[tuple] = []
-        self._seen: set[int] = set()
-        self._ran: set[nn.Module] = set()
-        self._open: list[tuple[int, list[int]]] = []  # operations before each running module, and within its children
-        self._flops = flop_counter.FlopCounterMode(display=False, custom_mapping=_MORE_FLOPS)
+    mark: tuple[int, int]
+    flops: int
+    within: int = 0
+    input_shape: tuple[int | None, ...] = ()
+    output_shape: tuple[int | None, ...] = ()
+    moved: Moved | None = None
 
-    def run(self, example: Mapping[str, Tensor], keywords: bool) -> None:
-        with _track(self.module, self._enter, self._leave) as path, self._flops:
-            scripted = isinstance(self.module, torch.jit.ScriptModule)
-            if scripted:
-                self._enter("", self.module)
-            output = _call(self.module, example, keywords, self.name, path)
-            if scripted:
-                self._leave("", self.module, dict(example), output)
 
-    def _enter(self, path: str, module: nn.Module) -> None:
-        self._ran.add(module)
-        self._open.append((self._flops.get_total_flops(), [0]))
+class _Tally(Visitor):
+    """Counts what each module and operation of a network does while the network runs."""
 
-    def _leave(self, path: str, module: nn.Module, given: Any, output: Any) -> None:
-        before, (within,) = self._open.pop()
-        total = self._flops.get_total_flops() - before
-        if self._open:
-            self._open[-1][1][0] += total
-        leaf = isinstance(module, torch.jit.ScriptModule) or not any(True for _ in module.children())
-        own = total - within
-        parameters = self._parameters(module, leaf or own > 0)
-        if leaf or own or parameters:
-            macs = own // 2 // self.batch
-            kind = getattr(module, "original_name", type(module).__name__)
-            self.rows.append((path or self.name, kind, _shape(given), _shape(output), parameters, macs))
+    def __init__(self, model: Model):
+        self._module, self._name = model.module, model.name
+        self._batch = next(iter(model.example.values())).shape[0]
+        self.watch = Watch(model.module, self)
+        self.traffic = Traffic(model.module)
+        self.flops = flop_counter.FlopCounterMode(display=False, custom_mapping=_MORE_FLOPS)
+        self._finished: list[Event] = []
 
-    def _parameters(self, module: nn.Module, works: bool) -> int:
-        """Parameters not yet counted: its own, and those of children it uses without a call, as attention does."""
-        owners = [module]
-        if works:
-            owners += [m for m in module.modules() if m not in self._ran]
-        mine = {id(p): p.numel() for owner in owners for p in owner.parameters(recurse=False)}
-        new = {key: size for key, size in mine.items() if key not in self._seen}
-        self._seen.update(new)
-        return sum(new.values())
+    def enter(self, event: Event) -> None:
+        event.noted = _Count(self.traffic.mark(), self.flops.get_total_flops())
+
+    def leave(self, event: Event, given: Any, output: Any) -> None:
+        count = event.noted
+        count.flops = self.flops.get_total_flops() - count.flops
+        if event.within is not None:
+            event.within.noted.within += count.flops
+        moved = count.moved = self.traffic.since(count.mark, given, output)
+        count.input_shape = _shape(moved.reads or self.traffic.held(given))
+        count.output_shape = _shape(moved.gives)
+        self._finished.append(event)
+
+    def rows(self) -> list[tuple]:
+        """A tuple per layer in the order of `COLUMNS`."""
+        names, parameters = self.watch.layers(), self._parameters()
+        found = []
+        for event in self._finished:
+            count, row = event.noted, self.watch.is_row(event)
+            flops = count.flops if row else count.flops - count.within
+            if not row and (not event.is_module or not (flops or parameters[event])):
+                continue
+            moved = count.moved.per_sample(self._batch) if row or flops else (0, 0, 0)
+            found.append(
+                (
+                    *(names[event] or event.path or self._name, event.kind),
+                    *(count.input_shape, count.output_shape, parameters[event], flops // 2 // self._batch),
+                    *moved,
+                )
+            )
+        return found
+
+    def _parameters(self) -> dict[Event, int]:
+        """Parameters of each call that no earlier one counts, and last those that no layer is seen to use.
+
+        A module counts its own and those of parts it uses without a call, as attention does.
+        """
+        ran = {event.target for event in self.watch.events if event.is_module}
+        by_storage: dict[int, list[nn.Parameter]] = {}
+        for parameter in self._module.parameters():
+            by_storage.setdefault(self.traffic.storage(parameter), []).append(parameter)
+        seen: set[nn.Parameter] = set()
+        counts = dict.fromkeys(self._finished, 0)
+        for layers in (True, False):
+            for event in self._finished:
+                if self.watch.is_row(event) != layers or not (layers or event.is_module):
+                    continue
+                if event.is_module:
+                    works = layers or event.noted.flops > event.noted.within
+                    parts = [m for m in event.target.modules() if m not in ran] if works else []
+                    used = [p for m in (event.target, *parts) for p in m.parameters(recurse=False)]
+                else:
+                    moved = event.noted.moved  # a view of a weight is not yet its use
+                    used = [p for key in moved.weights if moved.written for p in by_storage.get(key, ())]
+                counts[event] = sum(p.numel() for p in set(used) - seen)
+                seen.update(used)
+        return counts
 
 
 @contextmanager
-def _track(module: nn.Module, enter: Any, leave: Any) -> Any:
-    """Call `enter` and `leave` around every submodule's run; yields the paths running, which a failure leaves."""
-    stack: list[str] = []
-    hooks = []
-    here = threading.get_ident()  # a job may run the same module meanwhile
-
-    def before(path: str) -> Any:
-        def hook(inner: nn.Module, args: tuple) -> None:
-            if threading.get_ident() == here:
-                stack.append(path)
-                enter(path, inner)
-
-        return hook
-
-    def after(path: str) -> Any:
-        def hook(inner: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            if threading.get_ident() == here:
-                leave(path, inner, (args, kwargs), output)
-                stack.pop()
-
-        return hook
-
-    for path, inner in module.named_modules():
-        if isinstance(inner, torch.jit.ScriptModule):
-            continue  # takes no hooks; what it does counts for the module around it
-        hooks.append(inner.register_forward_pre_hook(before(path)))
-        hooks.append(inner.register_forward_hook(after(path), with_kwargs=True))
-    # the fused attention of evaluation mode calls no submodule, so that there would be nothing to watch
+def unfused() -> Iterator[None]:
+    """Do without the fused attention of evaluation mode, which calls no submodule: there would be nothing to watch."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield stack
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for hook in hooks:
-            hook.remove()
 
 
-def _call(module: nn.Module, example: Mapping[str, Tensor], keywords: bool, name: str, path: list[str]) -> Any:
+def call(module: nn.Module, example: Mapping[str, Tensor], keywords: bool, name: str, watch: Watch) -> Any:
+    """What a module gives for its inputs; a `LoadError` that names the layer that failed, which `watch` followed."""
     try:
         with torch.no_grad():
             return module(**example) if keywords else module(*example.values())
     except Exception as error:  # whatever a stranger's forward raises
-        where = f"layer {path[-1]} ({_kind(module, path[-1])})" if path and path[-1] else "its own forward"
         # TorchScript puts its own stack first and what went wrong last
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = lines[-1] if isinstance(error, torch.jit.Error) else lines[0]
         raise LoadError(
-            f"{name} fails in {where} on {inputs.described(example)}: {reason.strip().rstrip('.')}. "
+            f"{name} fails in {watch.failure()} on {inputs.described(example)}: {reason.strip().rstrip('.')}. "
             "Give inputs=… of the shape and dtype it takes, batch axis first."
         ) from error
 
 
-def _kind(module: nn.Module, path: str) -> str:
-    return type(module.get_submodule(path)).__name__
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    first = next((leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)), None)
-    return () if first is None else tuple(first.shape[1:])
+def _shape(held: Sequence[Held]) -> tuple[int | None, ...]:
+    return held[0].shape[1:] if held else ()

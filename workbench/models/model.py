@@ -110,9 +110,11 @@ class Model:
 
     @cached_property
     def layers(self) -> pd.DataFrame:
-        """A row per layer in execution order: layer, type, input_shape, output_shape, parameters, macs.
+        """A row per layer in execution order: layer, type, input_shape, output_shape, parameters, macs, input_bytes,
+        weight_bytes, output_bytes.
 
-        Shapes and MACs are those of one sample. A module's layers are its leaf modules; a graph's are its nodes.
+        Shapes, MACs and bytes are those of one sample. A module's layers are its leaf modules and the operations
+        between them; a graph's are its nodes.
         """
         if self.module is not None:
             return layers.module_table(self)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -81,17 +82,39 @@ def leaves(model: ir.Model, paths: Collection[str]) -> dict[str, bool]:
     return {path: path in called and path not in above for path in paths}
 
 
-def snapshot(model: ir.Model, modules: Mapping[str, bool]) -> dict[str, Origin]:
-    """Each value's origin in a graph before optimisation; `modules` is what `leaves` says of them."""
+def layer_of(model: ir.Model, paths: Collection[str], known: Mapping[str, str]) -> Callable[[ir.Node], str]:
+    """A function that gives the layer of a node as exported or kept by the optimiser; empty where it has none.
+
+    Parameters
+    ----------
+    model
+        As exported, before optimisation.
+    paths
+        Of all modules.
+    known
+        Layers by name of the node in torch's graph. A node that is not among them belongs to the module it ran in where
+        that is a layer, and else to none: it computes with lengths, or which operation it is cannot be told.
+    """
+    modules = leaves(model, paths)
+    found = dict(known)
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        layer = _scoped_layer(node.metadata_props, modules)
+        found.setdefault(_traced_name(node), layer if modules.get(layer) else "")
+    return lambda node: found.get(_traced_name(node), "")
+
+
+def snapshot(model: ir.Model, layer: Callable[[ir.Node], str]) -> dict[str, Origin]:
+    """Each value's origin in a graph before optimisation; `layer` is what `layer_of` made."""
     origins = {}
     for order, node in enumerate(model.graph):
-        layer = _scoped_layer(node.metadata_props, modules)
-        origin = Origin(order, layer, node.op_type, _names(node.inputs))
+        origin = Origin(order, layer(node), node.op_type, _names(node.inputs))
         origins.update((value.name, origin) for value in node.outputs)
     return origins
 
 
-def layers_after(model: ir.Model, origins: Mapping[str, Origin], modules: Mapping[str, bool]) -> Callable[..., tuple]:
+def layers_after(
+    model: ir.Model, origins: Mapping[str, Origin], layer: Callable[[ir.Node], str]
+) -> Callable[[ir.Node], tuple[str, ...]]:
     """A function that gives the layers of a node of the optimised graph: those of every node it replaced.
 
     A node replaced those that lay between what it reads and what it writes.
@@ -103,7 +126,7 @@ def layers_after(model: ir.Model, origins: Mapping[str, Origin], modules: Mappin
         found: dict[int, Origin] = {}
         for value in node.outputs:
             _between(value.name, reads, alive - {value.name}, origins, found)
-        own = _scoped_layer(node.metadata_props, modules)
+        own = layer(node)
         # what did the same before comes first: a convolution is named after itself, not the dropout it swallowed
         ordered = sorted(found.values(), key=lambda origin: (origin.operator != node.op_type, origin.order))
         unique = dict.fromkeys(origin.layer for origin in ordered if origin.layer)
@@ -112,14 +135,24 @@ def layers_after(model: ir.Model, origins: Mapping[str, Origin], modules: Mappin
     return layers
 
 
-def layers_by_name(paths: Collection[str]) -> Callable[..., tuple]:
-    """The same for the older exporter, whose nodes are called ``/layer1/layer1.0/conv1/Conv``."""
+def layers_by_name(model: ir.Model, paths: Collection[str]) -> Callable[[ir.Node], tuple[str, ...]]:
+    """The same for the older exporter, whose nodes are called ``/layer1/layer1.0/conv1/Conv``.
+
+    It numbers its own operators, not torch's: where a module's operator repeats, each keeps the exporter's name
+    (``layer1.0.Relu_1``), because which of torch's it was cannot be told.
+    """
+    nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+    counts = Counter(_split(node.name or "") for node in nodes)
 
     def layers(node: ir.Node) -> tuple[str, ...]:
         path, operator = _split(node.name or "")
-        if path and path not in paths:
-            path = f"{path}.{operator.lower()}"
-        return (path,) if path else ()
+        if path in paths and path:
+            return (path,)
+        if not (node.name or "").startswith("/"):
+            return ()
+        stem = f"{path}." if path else ""
+        alone = counts[path, operator] == 1 and stem + operator.lower() not in paths
+        return (stem + (operator.lower() if alone else node.name.rpartition("/")[2]),)
 
     return layers
 
@@ -139,12 +172,13 @@ def rename(model: ir.Model, layers: Callable[[ir.Node], tuple[str, ...]], kept: 
     taken, kept = set(kept), set(kept)
     nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
     for node in nodes:
-        stands_for = layers(node) or (node.op_type.lower(),)
-        node.name = _unique(f"{stands_for[0]}/{node.op_type}", taken)
+        stands_for = layers(node)
+        node.name = _unique("/".join((*stands_for[:1], node.op_type)), taken)
         node.doc_string = ", ".join(stands_for)
         scopes = {key: node.metadata_props[key] for key in _KEPT if key in node.metadata_props}
         node.metadata_props.clear()
-        node.metadata_props.update({**scopes, KEY: json.dumps(stands_for)})
+        if stands_for:
+            node.metadata_props.update({**scopes, KEY: json.dumps(stands_for)})
     for node in nodes:
         for i, value in enumerate(node.outputs):
             if value.name not in kept:
@@ -204,12 +238,19 @@ def _scoped_layer(metadata: Mapping[str, str], modules: Mapping[str, bool] | Non
     if len(scopes) < 2:
         return ""
     # tracing adds scopes of its own, which are no modules
-    path = next((p for p in reversed(scopes[:-1]) if modules is None or p in modules), "")
+    called = (scope.partition("@")[0] for scope in reversed(scopes[:-1]))  # a second call is numbered so
+    path = next((p for p in called if modules is None or p in modules), "")
     if path and (_is_layer(classes) if modules is None else modules[path]):
         return path
     parts = classes[-1].split(".") if classes else []
     operation = parts[1] if len(parts) > 1 else re.sub(r"_\d+$", "", scopes[-1])
     return ".".join(part for part in (path, operation.strip("_<> ")) if part)
+
+
+def _traced_name(node: ir.Node) -> str:
+    """Name in torch's graph of what a node was made from."""
+    scopes, _ = _scopes(node.metadata_props)
+    return scopes[-1] if scopes else ""
 
 
 def _scopes(metadata: Mapping[str, str]) -> tuple[list[str], list[str]]:

@@ -32,9 +32,8 @@ def table(operations: Sequence[OpTiming], whole_ms: float, layers: pd.DataFrame 
     batch
         Samples per call.
     """
-    known = None if layers is None else layers.drop_duplicates("layer").set_index("layer")
     medians = [float(np.median(o.times_ms)) for o in operations]
-    owner = _owners(operations, medians)
+    shares = None if layers is None else _shared_out(operations, medians, layers)
     rows = []
     for index, (operation, median) in enumerate(zip(operations, medians, strict=True)):
         row: dict[str, Any] = {
@@ -46,10 +45,8 @@ def table(operations: Sequence[OpTiming], whole_ms: float, layers: pd.DataFrame 
             "latency_p95_ms": float(np.percentile(operation.times_ms, 95)),
             "precision": operation.precision,
         }
-        if known is not None:
-            own = [layer for layer in operation.layers if layer in known.index]
-            counted = [layer for layer in own if owner[layer] == index]
-            row |= _from_layers(known, own, counted, batch)
+        if shares is not None:
+            row |= _from_layers(layers, *shares[index], batch)
         row |= _from_operation(operation)
         rows.append(row)
     left = whole_ms - sum(medians)
@@ -62,23 +59,22 @@ def table(operations: Sequence[OpTiming], whole_ms: float, layers: pd.DataFrame 
     return frame
 
 
-def _from_layers(known: pd.DataFrame, own: list[str], counted: list[str], batch: int) -> dict[str, Any]:
-    """What the model knows of the layers of one row, of which those in `counted` count for this row."""
+def _from_layers(layers: pd.DataFrame, own: list[int], counted: list[int], batch: int) -> dict[str, Any]:
+    """What the model knows of a row: shapes of its `own` entries of the layer table, sums over those it counts."""
     if not own:
         return {"macs": math.nan, "parameters": math.nan}
-    first, last = known.loc[own[0]], known.loc[own[-1]]
-    row = {
-        "macs": batch * float(known.loc[counted, "macs"].sum()),
-        "parameters": float(known.loc[counted, "parameters"].sum()),
+    first, last, counts = layers.iloc[own[0]], layers.iloc[own[-1]], layers.iloc[counted]
+    # what lies between fused layers is never written
+    read, written = batch * float(first["input_bytes"]), batch * float(last["output_bytes"])
+    return {
+        "macs": batch * float(counts["macs"].sum()),
+        "parameters": float(counts["parameters"].sum()),
         "input_shape": first["input_shape"],
         "output_shape": last["output_shape"],
+        "read_bytes": read + float(counts["weight_bytes"].sum()),
+        "written_bytes": written,
+        "activation_bytes": read + written,
     }
-    if "input_bytes" in known:
-        # what lies between fused layers is never written
-        read, written = batch * float(first["input_bytes"]), batch * float(last["output_bytes"])
-        weights = float(known.loc[counted, "weight_bytes"].sum())
-        row |= {"read_bytes": read + weights, "written_bytes": written, "activation_bytes": read + written}
-    return row
 
 
 def _from_operation(operation: OpTiming) -> dict[str, Any]:
@@ -102,18 +98,35 @@ def _from_operation(operation: OpTiming) -> dict[str, Any]:
     return row
 
 
-def _owners(operations: Sequence[OpTiming], medians: Sequence[float]) -> dict[str, int]:
-    """For each layer the row that counts its MACs: the slowest of those that compute it, so that it counts once.
+def _shared_out(
+    operations: Sequence[OpTiming], medians: Sequence[float], layers: pd.DataFrame
+) -> list[tuple[list[int], list[int]]]:
+    """For each operation the entries of the layer table it belongs to, and those that count for it.
 
-    A quantiser goes under the layer it serves and computes none of it.
+    An entry counts once. A layer that is called as often as operations compute it gives each its own entry; otherwise
+    the slowest of them counts it all. A quantiser goes under the layer it serves and computes none of it.
     """
-    owner: dict[str, int] = {}
-    for moves in (False, True):
-        mine: dict[str, int] = {}
-        for index, operation in enumerate(operations):
-            if (operation.kind == "move") == moves:
-                for layer in operation.layers:
-                    if layer not in mine or medians[index] > medians[mine[layer]]:
-                        mine[layer] = index
-        owner = mine | owner
-    return owner
+    entries: dict[str, list[int]] = {}
+    for position, layer in enumerate(layers["layer"]):
+        entries.setdefault(layer, []).append(position)
+    carriers: dict[str, list[int]] = {}
+    moves: dict[str, list[int]] = {}
+    for index, operation in enumerate(operations):
+        for layer in operation.layers:
+            (moves if operation.kind == "move" else carriers).setdefault(layer, []).append(index)
+    own: list[list[int]] = [[] for _ in operations]
+    counted: list[list[int]] = [[] for _ in operations]
+    for layer, positions in entries.items():
+        computing = carriers.get(layer) or moves.get(layer, [])
+        if len(computing) == len(positions):
+            for index, position in zip(computing, positions, strict=True):
+                own[index].append(position)
+                counted[index].append(position)
+        elif computing:
+            for index in computing:
+                own[index].append(positions[0])
+            counted[max(computing, key=lambda i: medians[i])] += positions
+        if computing is not moves.get(layer):
+            for index in moves.get(layer, ()):
+                own[index].append(positions[0])
+    return [(sorted(mine), sorted(mine_counted)) for mine, mine_counted in zip(own, counted, strict=True)]

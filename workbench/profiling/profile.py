@@ -188,7 +188,6 @@ def _timed(
         quiesce()
         plain.append([block(call, _PLAIN_S) for _ in range(_PLAIN_BLOCKS)])
 
-    call()
     with engine.recorder(inputs) as recorder:
         parts = recorder.parts(repeats)
         plainly()

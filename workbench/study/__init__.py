@@ -2,6 +2,7 @@
 
 from workbench.study.candidate import Candidate
 from workbench.study.recipe import Recipe
+from workbench.study.sensitivity import Sensitivity, sensitivity
 from workbench.study.study import Study
 
-__all__ = ["Candidate", "Recipe", "Study"]
+__all__ = ["Candidate", "Recipe", "Sensitivity", "Study", "sensitivity"]

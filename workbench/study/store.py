@@ -181,24 +181,7 @@ class Store:
         if self.folder is None:
             self._objects[name] = data
             return
-        path = self._path(name)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise StoreError(
-                f"{path.parent} cannot be written: {error.strerror}; what was finished before is kept. "
-                "Free disk space or check the folder's rights, then run again."
-            ) from None
+        write_whole(self._path(name), data)
 
     def _read_object(self, name: str) -> bytes | None:
         if self.folder is None:
@@ -207,3 +190,35 @@ class Store:
             return self._path(name).read_bytes()
         except FileNotFoundError:
             return None
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of JSON values as hex; the same in every process."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears complete or not at all, its folder made if missing.
+
+    Raises
+    ------
+    StoreError
+        If the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StoreError(
+            f"{path.parent} cannot be written: {error.strerror}; what was finished before is kept. "
+            "Free disk space or check the folder's rights, then run again."
+        ) from None

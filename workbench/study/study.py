@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -24,7 +22,7 @@ from workbench.models.model import Model
 from workbench.study import pareto, states
 from workbench.study.candidate import Candidate
 from workbench.study.recipe import Recipe
-from workbench.study.store import Store
+from workbench.study.store import Store, digest
 
 _COLUMNS = (
     "candidate recipe backend batch family precision accuracy accuracy_low accuracy_high latency_ms latency_low_ms "
@@ -107,6 +105,11 @@ class Study:
         self._by_key[key] = candidate
         return candidate
 
+    @property
+    def folder(self) -> Path | None:
+        """Where it is kept; None for a study in memory."""
+        return self._store.folder
+
     # what was tried
 
     @property
@@ -121,8 +124,12 @@ class Study:
 
     @property
     def log(self) -> list[str]:
-        """Every run so far as a line of Python."""
+        """Every run so far, and whatever else was noted, as a line of Python."""
         return self._store.log()
+
+    def note(self, code: str) -> None:
+        """Append to `log` a line of Python that did something besides `run`: took a profile, say."""
+        self._store.add_log(code)
 
     def frame(self) -> pd.DataFrame:
         """A row per candidate, by number.
@@ -260,12 +267,12 @@ class Study:
     def _keys(self, recipe: Recipe) -> tuple[str, str]:
         """The candidate's key, and that of the state its steps lead to."""
         state = self._state_key(recipe, len(recipe.steps))
-        return _digest(state, recipe.backend.to_dict(), recipe.batch), state
+        return digest(state, recipe.backend.to_dict(), recipe.batch), state
 
     def _state_key(self, recipe: Recipe, count: int) -> str:
         steps = [step.to_dict() for step in recipe.steps[:count]]
         seed = recipe.seed if steps else 0  # the untouched model has no random choice
-        return _digest(self.model.fingerprint, self.task.fingerprint, steps, seed, environment.library_versions())
+        return digest(self.model.fingerprint, self.task.fingerprint, steps, seed, environment.library_versions())
 
     def _model(self, state: str, recipe: Recipe, progress: Progress = SILENT) -> Model:
         """The model the recipe's steps lead to, from the longest prefix that is already there."""
@@ -352,7 +359,3 @@ class Study:
 
     def _repr_html_(self) -> str:
         return self.frame().drop(columns=["file_bytes", "created"]).to_html(index=False, border=0, escape=True)
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
