@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _layers(block: str, which: int) -> set[str]:
-    tail = ("relu",) if which == 1 else ("add", "relu_1")
+    tail = ("relu1",) if which == 1 else ("add", "relu2")
     return {f"{block}.{name}" for name in (f"conv{which}", f"bn{which}", *tail)}
 
 
@@ -80,16 +80,27 @@ def _rows_ms(frame, layers: set[str]) -> float:
 def _alone_ms(model: wb.Model, backend: wb.Backend, precision: str, block: str, which: int) -> float:
     """Milliseconds of one copy within a chain; for a second convolution, a whole block less its first."""
     whole = model.module.get_submodule(block)
-    first = _each_ms(First(whole), whole.conv1.in_channels, backend, precision)
-    return first if which == 1 else _each_ms(whole, whole.conv1.in_channels, backend, precision) - first
+    first = _each_ms(First(whole), First(whole), backend, precision)
+    return first if which == 1 else _each_ms(First(whole), whole, backend, precision) - first
 
 
-def _each_ms(unit: nn.Module, channels: int, backend: wb.Backend, precision: str) -> float:
+def _distinct(unit: nn.Module) -> nn.Module:
+    """A copy with slightly other numbers: equal weights would be stored once, and engines fuse no shared ones."""
+    made = copy.deepcopy(unit)
+    with torch.no_grad():
+        for value in made.parameters():
+            value.mul_(1 + 0.01 * torch.randn_like(value))
+    return made
+
+
+def _each_ms(stem: First, unit: nn.Module, backend: wb.Backend, precision: str) -> float:
+    """Milliseconds of one of many units one after another, behind a stem that gives them the layout engines prefer."""
+    channels = stem.conv1.in_channels
     shape = (channels, 512 // channels, 512 // channels)
     engines = []
     try:
         for copies in (1, LONG):
-            chain = nn.Sequential(*(copy.deepcopy(unit) for _ in range(copies)))
+            chain = nn.Sequential(stem, *(_distinct(unit) for _ in range(copies)))
             made = wb.load(chain, inputs=torch.rand(2, *shape), name="chain")
             if precision == "int8":
                 made = wb.Quantize("int8").apply(made, random_task(shape))

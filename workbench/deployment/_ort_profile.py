@@ -20,9 +20,9 @@ from workbench.errors import BackendError
 _WARM_UP = 5
 _SUFFIX = "_kernel_time"
 _CHAIN = 48  # kernels of the graphs that the profiler's own cost is measured on
-_CALLS = 40
+_CALLS = 15
+_ROUNDS = 3
 _FEW, _MANY = 1, 10  # inputs of each of those kernels
-_DEARER = 2.0
 
 Session = Callable[..., Any]  # makes a session of a graph's bytes and further session options
 
@@ -180,13 +180,15 @@ def _outermost(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _extras_ms(session: Session, run: list[dict[str, Any]], added_ms: float) -> np.ndarray:
     """What the profiler adds to the recorded time of each kernel of a run to which it adds `added_ms` in all."""
-    (few, few_whole), (many, many_whole) = (_overheads_ms(session, inputs) for inputs in (_FEW, _MANY))
+    rounds = [[_overheads_ms(session, inputs) for inputs in (_FEW, _MANY)] for _ in range(_ROUNDS)]
+    (few, few_whole), (many, many_whole) = np.median(rounds, axis=0)
     inputs = np.array([len(event["args"]["input_type_shape"]) for event in run])
     along = (inputs - _FEW) / (_MANY - _FEW)
     within = np.maximum(few + (many - few) * along, 0.0)
     whole = float(np.sum(few_whole + (many_whole - few_whole) * along))
-    # longer names, more shapes and colder caches make it dearer than on the chain, though never many times
-    return within * np.clip(added_ms / whole, 1 / _DEARER, _DEARER) if whole > 0 else within
+    # longer names, more shapes and colder caches cost more than on the chain, all of it while the kernel's clock runs
+    dearer = (added_ms - whole) / len(run)
+    return within + np.clip(dearer, 0.0, few / 2)
 
 
 def _overheads_ms(session: Session, inputs: int) -> tuple[float, float]:
