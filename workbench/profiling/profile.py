@@ -20,7 +20,7 @@ from workbench.models.model import Model
 from workbench.profiling import _call, _rows
 
 _PLAIN_BLOCKS = 4  # of the plain call, before, between and after the recorded blocks
-_PLAIN_S = 0.03
+_PLAIN_S = 0.045
 _PATIENCE = 3  # times as many blocks as wanted, at most, in search of enough at one pace
 _SAME_PACE = 0.08
 
