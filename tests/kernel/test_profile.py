@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 import workbench as wb
-from workbench.errors import DataError
+from workbench.errors import DataError, ProfileError
 from workbench.profiling.profile import steady
 
 COLUMNS = [
@@ -68,3 +70,19 @@ def test_nonsense_counts_are_refused(bad):
 )
 def test_blocks_count_where_plain_calls_around_them_went_at_one_pace(levels_ms, blocks):
     assert steady(levels_ms) == blocks
+
+
+def test_a_model_that_fails_half_way_is_profiled_up_to_there():
+    class Fails(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = torch.relu(self.first(x))
+            return self.second(x.reshape(2, 4))  # any other batch does not fit
+
+    with pytest.raises(ProfileError, match=r"fails in .*reshape") as failure:
+        wb.profile(wb.load(Fails(), inputs=torch.randn(2, 4)), batch=3)
+    assert [row.name for row in failure.value.rows] == ["first", "relu"]
+    assert all(min(row.times_ms) > 0 for row in failure.value.rows)

@@ -270,3 +270,11 @@ def test_recipe_survives_json_yaml_and_python(digits_candidate):
 def test_a_broken_recipe_says_what_is_wrong(text, words):
     with pytest.raises((RecipeError, StepError), match=words):
         wb.Recipe.from_yaml(text)
+
+
+def test_what_was_noted_stands_in_the_log_of_the_next_process(tmp_path, digits):
+    folder = tmp_path / "study"
+    with wb.Study(wb.load("lenet5"), digits, store=folder) as study:
+        study.note("wb.profile(study.model).frame()")
+    with wb.Study(wb.load("lenet5"), digits, store=folder) as study:
+        assert study.log == ["wb.profile(study.model).frame()"]
