@@ -302,13 +302,13 @@ class MemoryMeter:
     """
 
     def __init__(self) -> None:
-        _trim()
+        trim()
         self._before = psutil.Process().memory_info().rss
         self._marked = False
 
     def reset(self) -> None:
         """Forget the high-water mark so far (Linux: ``clear_refs``, see proc(5))."""
-        _trim()
+        trim()
         if sys.platform == "linux":
             try:
                 Path("/proc/self/clear_refs").write_text("5")
@@ -326,7 +326,8 @@ class MemoryMeter:
         return math.nan
 
 
-def _trim() -> None:
+def trim() -> None:
+    """Collect what nothing refers to, and give what is free back to the system."""
     gc.collect()
     if sys.platform == "linux":
         try:

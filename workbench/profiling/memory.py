@@ -15,7 +15,7 @@ from workbench import formatting
 from workbench.deployment import Backend, Compiled, Eager, OnnxRuntime
 from workbench.errors import BackendError, DataError
 from workbench.jobs import SILENT, Progress
-from workbench.measure import MemoryMeter
+from workbench.measure import MemoryMeter, trim
 from workbench.models.model import Model
 from workbench.profiling import _graph_trace, _ort_plan, _recording
 from workbench.profiling._schedule import Trace, live_bytes, minimum_bytes
@@ -229,6 +229,7 @@ def memory_counters(
                 "CUDA allocated": torch.cuda.max_memory_allocated(device),
                 "CUDA reserved": torch.cuda.max_memory_reserved(device),
             }
+        trim()  # what the allocator keeps for later is not the engine's
         after = _counted(device)
     rows = [(name, before[name], loaded[name], peak[name], after[name]) for name in before]
     return MemoryCounters(pd.DataFrame(rows, columns=COUNTERS), backend.label, batch)
