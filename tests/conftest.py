@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch.onnx.errors import OnnxExporterError
 
 import workbench as wb
 
@@ -37,3 +39,16 @@ def digits_study(digits: wb.Task) -> Iterator[wb.Study]:
 def digits_candidate(digits_study: wb.Study) -> wb.Candidate:
     """LeNet-5 as it is on ONNX Runtime, measured."""
     return digits_study.run([], on=wb.OnnxRuntime())
+
+
+@pytest.fixture
+def newer_exporter_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.onnx.export works by its older exporter only."""
+    newer = torch.onnx.export
+
+    def failing(*args, dynamo: bool = True, **kwargs):
+        if dynamo:
+            raise OnnxExporterError("the newer one is broken")
+        return newer(*args, dynamo=False, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", failing)

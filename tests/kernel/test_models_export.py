@@ -14,7 +14,6 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.onnx.errors import OnnxExporterError
 
 import workbench as wb
 from workbench.errors import LoadError
@@ -210,15 +209,7 @@ def test_batch_size_fixed_within_a_network_is_said_aloud_and_kept():
     assert worst_difference(model, 2) == 0
 
 
-def test_older_exporter_steps_in_aloud_where_the_newer_one_fails(monkeypatch: pytest.MonkeyPatch):
-    newer = torch.onnx.export
-
-    def failing(*args, dynamo: bool = True, **kwargs):
-        if dynamo:
-            raise OnnxExporterError("the newer one is broken")
-        return newer(*args, dynamo=False, **kwargs)
-
-    monkeypatch.setattr(torch.onnx, "export", failing)
+def test_older_exporter_steps_in_aloud_where_the_newer_one_fails(newer_exporter_fails: None):
     model = wb.load(Nested(), inputs=torch.rand(2, 3, 8, 8))
     with pytest.warns(ExportWarning, match="older exporter.*the newer one is broken"):
         graph = model.onnx()
@@ -227,19 +218,11 @@ def test_older_exporter_steps_in_aloud_where_the_newer_one_fails(monkeypatch: py
     assert all(worst_difference(model, size) < 1e-5 for size in (1, 7))
 
 
-def test_older_exporter_does_not_call_a_batch_size_open_that_it_wrote_into_the_graph(monkeypatch: pytest.MonkeyPatch):
+def test_older_exporter_does_not_call_a_batch_size_open_that_it_wrote_into_the_graph(newer_exporter_fails: None):
     class Baked(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x + torch.zeros(int(x.shape[0]), 1)
 
-    newer = torch.onnx.export
-
-    def failing(*args, dynamo: bool = True, **kwargs):
-        if dynamo:
-            raise OnnxExporterError("the newer one is broken")
-        return newer(*args, dynamo=False, **kwargs)
-
-    monkeypatch.setattr(torch.onnx, "export", failing)
     with pytest.warns(ExportWarning, match="batches of 3 only"):
         graph = wb.load(Baked(), inputs=torch.rand(3, 2)).onnx()
     assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 3

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.onnx.errors import OnnxExporterError
 
 import workbench as wb
 from workbench.models import export
@@ -353,15 +352,7 @@ def test_tracing_by_dynamo_goes_past_the_watch():
     assert program.module()(torch.ones(2, 3)).shape == (2, 3)
 
 
-def test_older_exporter_gives_no_operation_the_name_of_another(monkeypatch: pytest.MonkeyPatch):
-    newer = torch.onnx.export
-
-    def failing(*args, dynamo: bool = True, **kwargs):
-        if dynamo:
-            raise OnnxExporterError("the newer one is broken")
-        return newer(*args, dynamo=False, **kwargs)
-
-    monkeypatch.setattr(torch.onnx, "export", failing)
+def test_older_exporter_gives_no_operation_the_name_of_another(newer_exporter_fails: None):
     model = wb.load(Net(), inputs=IMAGES)
     with pytest.warns(ExportWarning):
         graph = model.onnx()
