@@ -23,6 +23,20 @@ class StepError(WorkbenchError):
     """A compression step that cannot be applied to this model, or whose settings are out of range."""
 
 
+class TrainingDiverged(StepError):
+    """A loss that is no longer a number.
+
+    Attributes
+    ----------
+    best
+        The `Model` of the best epoch before; None where no epoch was finished.
+    """
+
+    def __init__(self, message: str, best: Any = None):
+        self.best = best
+        super().__init__(message)
+
+
 class BackendError(WorkbenchError):
     """A backend that cannot compile or run this model."""
 
@@ -68,7 +82,15 @@ class StoreError(WorkbenchError):
 
 
 class Cancelled(WorkbenchError):
-    """Raised inside long work once its job was cancelled; what was finished before is kept."""
+    """Raised inside long work once its job was cancelled; what was finished before is kept.
+
+    Attributes
+    ----------
+    best
+        Of a training: the `Model` of the best epoch so far. None otherwise.
+    """
+
+    best: Any = None
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

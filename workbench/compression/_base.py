@@ -3,13 +3,69 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from workbench.data.task import Task
-from workbench.errors import RecipeError, nearest
+from workbench.errors import RecipeError, StepError, nearest
 from workbench.jobs import SILENT, Progress
 from workbench.models.model import Model
+
+
+class PerLayer(Mapping[str, Any]):
+    """Settings by layer name that can be hashed and not be changed: ``{"conv1": 0.3, "fc1": 0.9}``.
+
+    Parameters
+    ----------
+    values
+        A mapping with layer names as keys and numbers or words as values.
+
+    Raises
+    ------
+    StepError
+        If it is no mapping, or a key is no layer name.
+    """
+
+    def __init__(self, values: Mapping[str, Any] = {}):
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+            raise StepError(f"{values!r} does not say a value per layer; give a mapping such as {{'conv1': 0.3}}.")
+        self._values = dict(sorted(values.items()))
+
+    def __getitem__(self, layer: str) -> Any:
+        return self._values[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._values.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._values)
+
+
+class Checkpoint:
+    """Where a long step keeps how far it came, so that the same step goes on there after a cancel or a crash.
+
+    The base class keeps nothing: a step without a study starts from the beginning.
+    """
+
+    def load(self) -> bytes | None:
+        """What was saved last; None where nothing was."""
+        return None
+
+    def save(self, data: bytes) -> None:
+        """Replace what was saved, atomically."""
+
+    def clear(self) -> None:
+        """Forget it: the step has ended."""
+
+
+NO_CHECKPOINT = Checkpoint()
 
 
 @dataclass(frozen=True)
@@ -51,12 +107,25 @@ class Step(ABC):
         return model.changed(self.family, module=model.module, graph=model.graph)
 
     @abstractmethod
-    def apply(self, model: Model, task: Task, *, seed: int = 0, progress: Progress = SILENT) -> Model:
-        """The changed model; `model` itself is left as it was. Same arguments, same result."""
+    def apply(
+        self,
+        model: Model,
+        task: Task,
+        *,
+        seed: int = 0,
+        progress: Progress = SILENT,
+        checkpoint: Checkpoint = NO_CHECKPOINT,
+    ) -> Model:
+        """The changed model; `model` itself is left as it was. Same arguments, same result.
+
+        A step that trains saves to `checkpoint` after each epoch and goes on from what it finds there.
+        """
 
     def to_dict(self) -> dict[str, Any]:
         """``{"step": "Prune", "ratio": 0.5, …}``, every setting included."""
-        return {"step": type(self).__name__, **asdict(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {k: dict(v) if isinstance(v, PerLayer) else v for k, v in values.items()}
+        return {"step": type(self).__name__, **plain}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Step:

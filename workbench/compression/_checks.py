@@ -34,6 +34,20 @@ def flag(step: str, setting: str, value: Any) -> None:
         raise StepError(f"{step}: {setting} is {value!r}; True or False is needed.")
 
 
+def layers(step: str, given: Iterable[str], known: Iterable[str], what: str = "layers it can change") -> None:
+    """Refuse names that are not among `known`; the nearest one and all accepted are listed.
+
+    Raises
+    ------
+    StepError
+        Naming the first unknown one.
+    """
+    known = tuple(known)
+    for name in given:
+        if name not in known:
+            raise StepError(f"{step}: there is no layer {name!r} among the {what}. {nearest(name, known)}")
+
+
 def number(
     step: str, setting: str, value: Any, low: float, high: float = math.inf, *, low_allowed: bool = False
 ) -> None:

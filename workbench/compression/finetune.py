@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-
-from workbench.compression import _checks
-from workbench.compression._base import Step
+from workbench.compression import _checks, _training
+from workbench.compression._base import NO_CHECKPOINT, Checkpoint, Step
 from workbench.data.task import Task
-from workbench.deployment import physical_cores
-from workbench.errors import StepError
 from workbench.jobs import SILENT, Progress
-from workbench.models import inputs as model_inputs
 from workbench.models.model import Model
-
-_OPTIMISERS = ("adam", "sgd")
-_MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -44,6 +30,12 @@ class Finetune(Step):
         ``adam``, or ``sgd`` with Nesterov momentum 0.9 (wants a learning rate about ten times larger).
     weight_decay
         L2 penalty: decoupled from the gradient under ``adam`` (AdamW).
+    patience
+        Stop after so many epochs without a better one; 0 never stops early.
+    validation
+        Share of the training split that is held out to tell the best epoch by; 0 trains on all and keeps the last.
+    mixed_precision
+        Compute in bfloat16 where torch holds that to be safe; the weights stay float32.
 
     Raises
     ------
@@ -60,15 +52,21 @@ class Finetune(Step):
     epochs: int = 2
     learning_rate: float = 2e-3
     batch_size: int = 32
-    optimizer: str = field(default="adam", metadata={"choices": _OPTIMISERS})
+    optimizer: str = field(default="adam", metadata={"choices": _training.OPTIMISERS})
     weight_decay: float = 0.0
+    patience: int = 0
+    validation: float = 0.1
+    mixed_precision: bool = False
 
     def __post_init__(self) -> None:
         _checks.whole("Finetune", "epochs", self.epochs)
         _checks.number("Finetune", "learning_rate", self.learning_rate, 0)
         _checks.whole("Finetune", "batch_size", self.batch_size)
-        _checks.choice("Finetune", "optimizer", self.optimizer, _OPTIMISERS)
+        _checks.choice("Finetune", "optimizer", self.optimizer, _training.OPTIMISERS)
         _checks.number("Finetune", "weight_decay", self.weight_decay, 0, low_allowed=True)
+        _checks.whole("Finetune", "patience", self.patience, least=0)
+        _checks.number("Finetune", "validation", self.validation, 0, 1, low_allowed=True)
+        _checks.flag("Finetune", "mixed_precision", self.mixed_precision)
 
     @property
     def label(self) -> str:
@@ -79,110 +77,26 @@ class Finetune(Step):
         """Refuse a model without a float32 torch module."""
         _checks.trainable("Finetune", model, "wb.Finetune()")
 
-    def apply(self, model: Model, task: Task, *, seed: int = 0, progress: Progress = SILENT) -> Model:
-        """The trained model; raises `StepError` where the loss stops being a number or the outputs are not logits."""
-        self.check(model)
-        inputs, labels = task.inputs("train", task.count("train")), task.labels("train")
-        samples = [torch.from_numpy(array) for array in inputs]
-        # an inference tensor made by the caller cannot be trained, so nothing of its mode may reach in here
-        with torch.inference_mode(False), torch.enable_grad(), _settled(seed):
-            module = copy.deepcopy(model.module)
-            trained = model.changed("", module=module)
-            self._train(trained, samples, torch.from_numpy(labels), _zeros(model, module), seed, progress)
-            module.eval()
-        return trained
-
-    def _train(
+    def apply(
         self,
         model: Model,
-        samples: list[Tensor],
-        labels: Tensor,
-        zeros: list[tuple[nn.Parameter, Tensor]],
-        seed: int,
-        progress: Progress,
-    ) -> None:
-        parameters = [p for p in model.module.parameters() if p.requires_grad]
-        if not parameters:
-            raise StepError(f"Every parameter of {model.name} is frozen; set requires_grad on those to train.")
-        order = torch.Generator().manual_seed(seed)
-        batches = list(_batches(len(labels), self.batch_size))
-        optimiser, total = self._optimiser(parameters), self.epochs * len(batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimiser, lambda done: 0.5 * (1 + math.cos(math.pi * done / total))
+        task: Task,
+        *,
+        seed: int = 0,
+        progress: Progress = SILENT,
+        checkpoint: Checkpoint = NO_CHECKPOINT,
+    ) -> Model:
+        """The trained model; see `_training.train` for what it raises."""
+        self.check(model)
+        trained = _training.copied(model)
+        weights = [layer.weight for layer in trained.module.modules() if isinstance(layer, _checks.WEIGHTED)]
+        return _training.train(
+            model.changed("", module=trained.module),
+            task,
+            _training.Plan(**{f.name: getattr(self, f.name) for f in fields(_training.Plan)}),
+            step=self.label,
+            constraints=[_training.KeepZeros(weights)] if "pruned" in model.changes else [],
+            seed=seed,
+            progress=progress,
+            checkpoint=checkpoint,
         )
-        model.module.train()
-        done = 0
-        for epoch in range(self.epochs):
-            shuffled = torch.randperm(len(labels), generator=order)
-            for batch in batches:
-                progress(done / total, f"epoch {epoch + 1} of {self.epochs}")
-                chosen = shuffled[batch]
-                loss = _loss(model.run_module(*(x[chosen] for x in samples)), labels[chosen])
-                if not bool(torch.isfinite(loss)):
-                    raise StepError(
-                        f"The loss is {float(loss.detach())} at epoch {epoch + 1}; nothing of this training is kept. "
-                        f"Give a learning_rate below {self.learning_rate:g}."
-                    )
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                optimiser.step()
-                schedule.step()
-                with torch.no_grad():
-                    for parameter, mask in zeros:
-                        parameter.mul_(mask)
-                done += 1
-        progress(1.0)
-
-    def _optimiser(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        if self.optimizer == "adam":
-            return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
-        return torch.optim.SGD(
-            parameters, lr=self.learning_rate, momentum=_MOMENTUM, nesterov=True, weight_decay=self.weight_decay
-        )
-
-
-@contextmanager
-def _settled(seed: int) -> Iterator[None]:
-    """Seeded dropout and a known number of threads inside; torch's generator and threads as they were after."""
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        torch.set_num_threads(physical_cores())
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-
-
-def _zeros(model: Model, module: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-    """Weights that hold pruned zeros, each with the mask that keeps them; a layer that is all zero may still learn."""
-    if "pruned" not in model.changes:
-        return []
-    weights = [layer.weight for layer in module.modules() if isinstance(layer, _checks.WEIGHTED)]
-    masks = [(weight, weight.detach() != 0) for weight in weights]
-    return [(p, mask) for p, mask in masks if bool(mask.any()) and not bool(mask.all())]
-
-
-def _batches(count: int, size: int) -> Iterator[slice]:
-    for start in range(0, count, size):
-        # batch normalisation has no variance over a single sample
-        if start == 0 or count - start > 1:
-            yield slice(start, start + size)
-
-
-def _loss(output: object, labels: Tensor) -> Tensor:
-    scores = model_inputs.outputs(output)[0]
-    if scores.dim() != 2 or not scores.is_floating_point() or len(scores) != len(labels):
-        raise StepError(
-            "Finetune trains a classifier whose first output is (N, classes) logits; this network gives "
-            f"{str(scores.dtype).removeprefix('torch.')} {tuple(scores.shape)} for {len(labels)} samples."
-        )
-    if int(labels.max()) >= scores.shape[1]:
-        raise StepError(
-            f"The task has a label {int(labels.max())}, but the network has {scores.shape[1]} outputs. "
-            "Give a network with one output per class."
-        )
-    rows = scores.detach()
-    if bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-3).all()):
-        return functional.nll_loss(scores.clamp_min(1e-12).log(), labels)
-    return functional.cross_entropy(scores, labels)

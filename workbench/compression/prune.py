@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from workbench.compression import _checks, _torch_pruning
-from workbench.compression._base import Step
+from workbench.compression._base import NO_CHECKPOINT, Checkpoint, Step
 from workbench.data.task import Task
 from workbench.jobs import SILENT, Progress
 from workbench.models import structure
@@ -92,7 +92,15 @@ class Prune(Step):
         _checks.trainable("Prune", model, f"wb.Prune({self.ratio:g})")
         _checks.has_weighted_layers("Prune", model)
 
-    def apply(self, model: Model, task: Task, *, seed: int = 0, progress: Progress = SILENT) -> Model:
+    def apply(
+        self,
+        model: Model,
+        task: Task,
+        *,
+        seed: int = 0,
+        progress: Progress = SILENT,
+        checkpoint: Checkpoint = NO_CHECKPOINT,
+    ) -> Model:
         """The pruned model; raises `StepError` where nothing can be removed without changing what the rest computes."""
         self.check(model)
         progress(0.0, "ranking")

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 
 from workbench.compression import _checks, _half, _int8
-from workbench.compression._base import Step
+from workbench.compression._base import NO_CHECKPOINT, Checkpoint, Step
 from workbench.data.task import Task
 from workbench.errors import StepError
 from workbench.jobs import SILENT, Progress
@@ -99,7 +99,15 @@ class Quantize(Step):
             return model.changed(self.family, graph=graph, module=None, precision=self.precision)
         return model.changed(self.family, module=model.module, precision=self.precision)
 
-    def apply(self, model: Model, task: Task, *, seed: int = 0, progress: Progress = SILENT) -> Model:
+    def apply(
+        self,
+        model: Model,
+        task: Task,
+        *,
+        seed: int = 0,
+        progress: Progress = SILENT,
+        checkpoint: Checkpoint = NO_CHECKPOINT,
+    ) -> Model:
         """The quantised model; raises `StepError` where there is nothing to calibrate with or to quantise."""
         self.check(model)
         progress(0.0, "exporting")

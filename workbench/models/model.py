@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from workbench.errors import LoadError
 from workbench.models import export, layers
+from workbench.models.record import Record
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class Model:
         The techniques applied so far, in order: ``("pruned", "quantised")``.
     edits
         What turns the untouched module's structure into this one's, as JSON values; see `models.structure`.
+    notes
+        What loading it had to say, in sentences.
+    records
+        What the steps measured while they worked, in order: losses by epoch, gains of a correction.
+    origin
+        The untouched model this one was made from by steps; None for the untouched one itself.
     """
 
     name: str
@@ -72,7 +79,9 @@ class Model:
     precision: str = "fp32"
     changes: tuple[str, ...] = ()
     edits: tuple[dict[str, Any], ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    records: tuple[Record, ...] = ()
+    origin: Model | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.module is None and self.graph is None:
@@ -154,12 +163,16 @@ class Model:
         return digest.hexdigest()
 
     def changed(self, change: str, **fields: Any) -> Model:
-        """A copy with some fields replaced and `change` recorded; a new module drops the old graph, and conversely."""
+        """A copy with some fields replaced and `change` recorded; a new module drops the old graph, and conversely.
+
+        Its `origin` is this model's, or else this model.
+        """
         if "module" in fields:
             fields.setdefault("graph", None)
         if "graph" in fields:
             fields.setdefault("module", None)
         changes = self.changes if not change or change in self.changes else (*self.changes, change)
+        fields.setdefault("origin", self.origin or self)
         return replace(self, changes=changes, **fields)
 
     def __repr__(self) -> str:

@@ -10,47 +10,64 @@ import torch
 from torch import Tensor, nn
 
 from workbench.errors import StepError, nearest
+from workbench.models import parts
 from workbench.models.cast import DTYPES, cast, cast_dtype
 
 _CAST = "cast"
+_PART = "part"  # its value is a mapping, which no setting is
 
 
 def difference(base: nn.Module, changed: nn.Module) -> dict[str, Any]:
-    """The settings in which `changed` differs from `base`, module by module.
+    """The settings in which `changed` differs from `base`, module by module, and the parts that took another's place.
 
     Returns
     -------
     dict
-        JSON values: ``{path: {setting: value}}``, e.g. ``{"conv1": {"out_channels": 8}}``; besides
+        JSON values: ``{path: {setting: value}}``, e.g. ``{"conv1": {"out_channels": 8}}``; or
+        ``{path: {"part": {"kind": …, "arguments": {…}}}}`` for a part made by `models.parts`; besides
         ``{"cast": "float16"}`` where `changed` computes in half precision and `base` does not. The root's path is
         empty. Weights are no part of it.
 
     Raises
     ------
     StepError
-        If a module was added, removed or replaced by one of another type: such a change cannot be written down so.
+        If a module was added, removed or replaced by another way than `models.parts`: that cannot be written down.
     """
-    before, after = dict(base.named_modules()), dict(changed.named_modules())
-    if before.keys() != after.keys():
-        raise StepError(
-            f"The modules differ in their parts: added {_some(after.keys() - before.keys())}, removed "
-            f"{_some(before.keys() - after.keys())}. Only changed settings of the same parts can be stored."
-        )
     edit: dict[str, Any] = {}
-    for path, module in after.items():
-        if type(module).__name__ != type(before[path]).__name__:
-            raise StepError(
-                f"{path or 'The module itself'} was a {type(before[path]).__name__} and is now a "
-                f"{type(module).__name__}. Only changed settings of the same parts can be stored."
-            )
-        old, new = _settings(before[path]), _settings(module)
-        settings = {key: _json(value) for key, value in new.items() if key not in old or old[key] != value}
-        if settings:
-            edit[path] = settings
+    _compare("", base, changed, edit, set())
     dtype = cast_dtype(changed)
     if dtype is not None and dtype != cast_dtype(base):
         edit[_CAST] = str(dtype).removeprefix("torch.")
     return edit
+
+
+def _compare(path: str, base: nn.Module, changed: nn.Module, edit: dict[str, Any], seen: set[nn.Module]) -> None:
+    if changed in seen:  # one module at two paths is written down once
+        return
+    seen.add(changed)
+    built = getattr(changed, "built", None)
+    if built is not None and built != getattr(base, "built", None):
+        edit[path] = {_PART: built}
+        return
+    where = path or "The module itself"
+    if type(changed).__name__ != type(base).__name__:
+        raise StepError(
+            f"{where} was a {type(base).__name__} and is now a {type(changed).__name__}. Only changed settings of the "
+            "same parts, and parts made by workbench.models.parts, can be stored."
+        )
+    before, after = dict(base.named_children()), dict(changed.named_children())
+    if before.keys() != after.keys():
+        raise StepError(
+            f"The modules differ in their parts at {where}: added {_some(after.keys() - before.keys())}, removed "
+            f"{_some(before.keys() - after.keys())}. Only changed settings of the same parts, and parts made by "
+            "workbench.models.parts, can be stored."
+        )
+    old, new = _settings(base), _settings(changed)
+    settings = {key: _json(value) for key, value in new.items() if key not in old or old[key] != value}
+    if settings:
+        edit[path] = settings
+    for name, child in after.items():
+        _compare(f"{path}.{name}" if path else name, before[name], child, edit, seen)
 
 
 def rebuild(base: nn.Module, edits: Sequence[Mapping[str, Any]], state: Mapping[str, Tensor]) -> nn.Module:
@@ -68,13 +85,16 @@ def rebuild(base: nn.Module, edits: Sequence[Mapping[str, Any]], state: Mapping[
     Raises
     ------
     StepError
-        If an edit names a part that is not there, or `state` does not hold exactly the parameters of `base`.
+        If an edit names a part that is not there or a kind of part that does not exist, or `state` does not hold
+        exactly the parameters of `base`.
     """
     module = copy.deepcopy(base)
     for edit in edits:
         for path, value in edit.items():
             if path == _CAST and isinstance(value, str):
                 module = cast(module, DTYPES[value])
+            elif _PART in value:
+                module = _put(module, path, value[_PART])
             else:
                 _apply(module, path, value)
     _resize(module, state)
@@ -106,12 +126,21 @@ def _json(value: Any) -> Any:
     return [_json(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
-def _apply(module: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
+def _put(module: nn.Module, path: str, built: Mapping[str, Any]) -> nn.Module:
+    _part(module, path)
+    return parts.put(module, path, built["kind"], **built["arguments"])
+
+
+def _part(module: nn.Module, path: str) -> nn.Module:
     try:
-        part = module.get_submodule(path)
+        return module.get_submodule(path)
     except AttributeError:
         paths = [p for p, _ in module.named_modules()]
         raise StepError(f"The stored change is to {path!r}, which the module lacks. {nearest(path, paths)}") from None
+
+
+def _apply(module: nn.Module, path: str, settings: Mapping[str, Any]) -> None:
+    part = _part(module, path)
     for key, value in settings.items():
         old = getattr(part, key, None)
         setattr(part, key, _like(value, old))

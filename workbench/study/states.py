@@ -10,6 +10,7 @@ from safetensors.torch import load, save
 
 from workbench.models import structure
 from workbench.models.model import Model
+from workbench.models.record import Record
 
 
 def pack(model: Model) -> tuple[bytes, dict[str, Any]]:
@@ -19,6 +20,7 @@ def pack(model: Model) -> tuple[bytes, dict[str, Any]]:
         "changes": list(model.changes),
         "edits": list(model.edits),
         "notes": list(model.notes),
+        "records": [record.to_dict() for record in model.records],
         "kind": "module" if model.module is not None else "graph",
     }
     if model.module is None:
@@ -38,4 +40,6 @@ def unpack(data: bytes, record: dict[str, Any], base: Model) -> Model:
         changes=tuple(record["changes"]),
         edits=tuple(record["edits"]),
         notes=tuple(record["notes"]),
+        records=tuple(Record.from_dict(r) for r in record.get("records", ())),
+        origin=base,
     )
