@@ -26,7 +26,7 @@ from workbench.profiling import profile
 from workbench.study import Recipe, Study
 
 _TASKS = {"digits": tasks.digits, "mnist": tasks.mnist, "cifar10": tasks.cifar10}
-_RUN_KEYS = ("model", "architecture", "task", "data", "store", "recipes")
+_RUN_KEYS = ("model", "architecture", "weights", "task", "data", "store", "recipes")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("file", help="YAML: model, task, store, recipes; or one recipe alone")
     command.add_argument("--model", help="zoo name or file; overrides the file's")
     command.add_argument("--architecture", help="zoo name that a checkpoint's weights belong to")
+    command.add_argument("--weights", help="of a zoo network: random, or the task they were trained on")
     command.add_argument("--task", help=f"one of {', '.join(_TASKS)}; overrides the file's")
     command.add_argument("--data", help="the task's .npz file or folder")
     command.add_argument("--store", help="folder to keep the study in; overrides the file's")
@@ -95,11 +96,11 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     settings, recipes = _read_run(Path(options.file))
-    chosen = {k: getattr(options, k) or settings.get(k) for k in ("model", "architecture", "task", "data", "store")}
+    chosen = {k: getattr(options, k) or settings.get(k) for k in _RUN_KEYS if k != "recipes"}
     if not chosen["model"]:
         raise RecipeError(f"{options.file} names no model; add a line such as `model: lenet5`, or give --model.")
     with Study(
-        load(chosen["model"], architecture=chosen["architecture"]),
+        load(chosen["model"], architecture=chosen["architecture"], weights=chosen["weights"]),
         _task(chosen["task"] or "digits", chosen["data"]),
         store=chosen["store"],
     ) as study:

@@ -48,6 +48,7 @@ def test_run_takes_a_single_recipe_as_the_library_writes_it(tmp_path, capsys):
         ("model: lenet5\nrecipes: [{backend: Eager}]\nstroe: x", "store"),
         ("recipes: [{backend: Eager}]", "names no model"),
         ("model: lenet6\nrecipes: [{backend: Eager}]", "lenet5"),
+        ("model: lenet5\nweights: imagenet\nrecipes: [{backend: Eager}]", "digits, random"),
         ("model: lenet5\ntask: digit\nrecipes: [{backend: Eager}]", "digits"),
     ],
 )
