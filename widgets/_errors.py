@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from html import escape
 
@@ -33,7 +34,7 @@ class Notices(W.VBox):
 
     def tell(self, text: str) -> None:
         """Show a notice; escapes it."""
-        self._add(escape(text), "status", "wb-notice")
+        self._add(_escaped(text), "status", "wb-notice")
 
     def clear(self) -> None:
         """Dismiss everything."""
@@ -61,4 +62,9 @@ class Notices(W.VBox):
 
 def _in_words(error: BaseException) -> str:
     text = str(error) or "No reason was given."
-    return escape(text if isinstance(error, WorkbenchError) else f"{type(error).__name__}: {text}")
+    return _escaped(text if isinstance(error, WorkbenchError) else f"{type(error).__name__}: {text}")
+
+
+def _escaped(text: str) -> str:
+    """`text` as HTML; what stands between backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))

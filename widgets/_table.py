@@ -1,4 +1,4 @@
-"""A table: numbers to the right, the header stays, any column sorts, rows can be picked, copies as CSV."""
+"""A table: numbers to the right, the header stays, any column sorts, rows can be picked, one column be written in."""
 
 from __future__ import annotations
 
@@ -52,10 +52,14 @@ class Table(anywidget.AnyWidget):
     empty = traitlets.Unicode("Nothing here yet.", help="What to do first, while there are no rows.").tag(sync=True)
     height = traitlets.Unicode("240px", help="Height of the part that scrolls, as CSS.").tag(sync=True)
     pickable = traitlets.Bool(False, help="Whether rows can be picked.").tag(sync=True)
+    editable = traitlets.Int(-1, help="The column whose cells can be written in; -1 for none.").tag(sync=True)
+    hint = traitlets.Unicode("", help="What stands, greyed, in an empty cell that can be written in.").tag(sync=True)
+    faults = traitlets.Dict(help="Why what is written in a row is refused, by the row's key.").tag(sync=True)
 
     def __init__(self, columns: Iterable[Column], **traits: Any):
         super().__init__(columns=[c._asdict() for c in columns], **traits)
         self._picked: list[Callable[[str], None]] = []
+        self._edited: list[Callable[[str, str], None]] = []
         self.on_msg(self._received)
 
     def fill(self, rows: Iterable[Row]) -> None:
@@ -70,10 +74,20 @@ class Table(anywidget.AnyWidget):
         self._picked.append(function)
         self.pickable = True
 
+    def on_edit(self, function: Callable[[str, str], None]) -> None:
+        """Call `function` with the key of the row and the text of each cell that was written in."""
+        self._edited.append(function)
+
     def _received(self, _widget: Any, content: dict[str, Any], _buffers: Any) -> None:
-        if content.get("kind") == "pick" and any(r["key"] == content.get("key") for r in self.rows):
+        key = content.get("key")
+        if not any(r["key"] == key for r in self.rows):
+            return
+        if content.get("kind") == "pick":
             for function in self._picked:
-                function(content["key"])
+                function(key)
+        elif content.get("kind") == "edit" and self.editable >= 0:
+            for function in self._edited:
+                function(key, str(content.get("text", "")))
 
     def to_html(self) -> str:
         """The table as plain HTML, for where there are no widgets."""

@@ -10,32 +10,53 @@ Load a model, see where its time goes, compress it, compile it for a real engine
 """
 
 from workbench import compression, data, deployment, environment, errors, jobs, measure, models, profiling, study
-from workbench.compression import Finetune, Prune, Quantize, Step
+from workbench.compression import (
+    QAT,
+    Clip,
+    Cluster,
+    Distill,
+    FakeQuantize,
+    Finetune,
+    LowRank,
+    Prune,
+    Quantize,
+    Sizes,
+    Step,
+    sizes,
+)
 from workbench.data import Task, tasks
 from workbench.deployment import Backend, Compiled, Eager, Engine, OnnxRuntime, OpenVINO
 from workbench.measure import Measurement
 from workbench.models import Model, load
 from workbench.profiling import Profile, profile
-from workbench.study import Candidate, Recipe, Sensitivity, Study, sensitivity
+from workbench.study import Candidate, Recipe, Sensitivity, Shift, Study, sensitivity, size_table, under_shift
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022 by the alphabet alone
     "Backend",
     "Candidate",
+    "Clip",
+    "Cluster",
     "Compiled",
+    "Distill",
     "Eager",
     "Engine",
+    "FakeQuantize",
     "Finetune",
+    "LowRank",
     "Measurement",
     "Model",
     "OnnxRuntime",
     "OpenVINO",
     "Profile",
     "Prune",
+    "QAT",
     "Quantize",
     "Recipe",
     "Sensitivity",
+    "Shift",
+    "Sizes",
     "Step",
     "Study",
     "Task",
@@ -51,6 +72,9 @@ __all__ = [
     "profile",
     "profiling",
     "sensitivity",
+    "size_table",
+    "sizes",
     "study",
     "tasks",
+    "under_shift",
 ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+from _tiny import blobs, mlp
 from torch import nn
 
 import workbench as wb
@@ -12,20 +12,6 @@ from workbench.errors import Cancelled, StepError
 from workbench.jobs import on_progress
 
 QUICK = wb.Finetune(epochs=1)
-
-
-def blobs(classes: int = 3, count: int = 65, seed: int = 0) -> wb.Task:
-    """Points around one centre per class; 65 samples leave a last batch of one."""
-    rng = np.random.default_rng(seed)
-    labels = np.arange(count) % classes
-    x = (np.eye(classes, 6)[labels] * 3 + rng.normal(size=(count, 6))).astype(np.float32)
-    return wb.Task.from_arrays(x, labels, x, labels, calibration=8)
-
-
-def mlp(*last: nn.Module, classes: int = 3) -> wb.Model:
-    torch.manual_seed(0)
-    layers = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, classes), *last
-    return wb.load(nn.Sequential(*layers), inputs=torch.zeros(2, 6))
 
 
 def accuracy(model: wb.Model, task: wb.Task) -> float:
@@ -70,7 +56,7 @@ def test_torchs_generator_and_threads_are_as_before():
 
 def test_pruned_zeros_stay_zero_and_the_rest_moves():
     task = blobs()
-    pruned = wb.Prune(0.5, structured=False).apply(mlp(), task)
+    pruned = wb.Prune(0.5, granularity="weight").apply(mlp(), task)
     tuned = wb.Finetune(epochs=2, weight_decay=0.01).apply(pruned, task)
     for name in ("0.weight", "4.weight"):
         before, after = pruned.module.state_dict()[name], tuned.module.state_dict()[name]
@@ -93,6 +79,22 @@ def test_a_network_that_ends_in_probabilities_trains_like_one_with_logits(last):
     steps = wb.Finetune(epochs=2, batch_size=16)
     plain = steps.apply(mlp(), task).module[4].weight
     assert torch.allclose(steps.apply(mlp(*last), task).module[4].weight, plain, atol=1e-4)
+
+
+def test_a_batch_of_logits_that_happens_to_add_up_to_one_is_no_softmax():
+    task = blobs()
+    net = nn.Linear(6, 3)
+    nn.init.zeros_(net.weight)
+    with torch.no_grad():
+        net.weight[0, 0], net.bias[0] = 0.5, 1.0
+    x, y = task.raw("train")
+    x = x.copy()
+    x[:, 0] = 1.0 * (y == 2)  # two samples of three put out (1, 0, 0): probabilities, as far as a batch can tell
+    model = wb.load(net, inputs=torch.zeros(2, 6))
+    tuned = wb.Finetune(epochs=1, batch_size=2, learning_rate=1e-9).apply(model, wb.Task.from_arrays(x, y, x, y))
+    scores = torch.tensor([[1.0, 0, 0], [1.0, 0, 0], [1.5, 0, 0]])
+    per_class = torch.nn.functional.cross_entropy(scores, torch.arange(3), reduction="none")
+    assert tuned.records[0].rows[0]["loss"] <= float(per_class.max()) + 1e-6, "as probabilities it costs 27 nats"
 
 
 def test_frozen_parameters_stay_and_the_rest_trains():
@@ -144,7 +146,8 @@ def test_cancelling_stops_at_the_next_batch_and_keeps_the_model():
 
     with pytest.raises(Cancelled):
         wb.Finetune(epochs=2, batch_size=8).apply(model, task, progress=on_progress(stop))
-    assert [message for _, message in seen] == ["epoch 1 of 2"] * 3
+    assert [message.partition(", loss ")[0] for _, message in seen] == ["epoch 1 of 2"] * 3
+    assert float(seen[2][1].partition(", loss ")[2]) > 0
     assert wb.Model.fingerprint.func(model) == before
 
 
@@ -157,6 +160,11 @@ def test_progress_runs_from_nothing_to_all():
 def test_a_loss_that_is_no_number_is_an_error_that_names_the_learning_rate():
     with pytest.raises(StepError, match=r"epoch 1.*learning_rate below 1e\+30"):
         wb.Finetune(epochs=1, learning_rate=1e30, optimizer="sgd").apply(mlp(), blobs())
+
+
+def test_patience_without_held_out_samples_is_refused():
+    with pytest.raises(StepError, match="patience 2 waits for a better epoch"):
+        wb.Finetune(patience=2, validation=0)
 
 
 def test_outputs_that_are_no_logits_for_the_labels_are_refused():
@@ -175,5 +183,9 @@ def test_models_that_cannot_be_trained_are_refused_before_work():
         broken.module[0].weight[0, 0] = float("nan")
     with pytest.raises(StepError, match=r"'0.weight'.*NaN"):
         QUICK.check(broken)
+    fixed = mlp()
+    fixed.module.fixed_batch = 4
+    with pytest.raises(StepError, match="batches of 4 alone"):
+        QUICK.check(fixed)
     with pytest.raises(StepError, match="needs weights"):
         QUICK.check(wb.load(nn.ReLU(), inputs=torch.zeros(2, 6)))

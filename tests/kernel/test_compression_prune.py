@@ -280,7 +280,7 @@ def test_frozen_parameters_are_pruned_and_stay_frozen():
 
 def test_the_smallest_weights_of_each_layer_become_zero():
     module = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 4))
-    pruned = wb.Prune(0.25, structured=False).apply(load(module, 10), None).module
+    pruned = wb.Prune(0.25, granularity="weight").apply(load(module, 10), None).module
     for i, dropped in ((0, 25), (1, 10)):
         before, after = module[i].weight, pruned[i].weight
         assert int((after == 0).sum()) == dropped
@@ -293,20 +293,20 @@ def test_the_smallest_weights_of_all_layers_become_zero_under_global_ranking():
     module = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10))
     with torch.no_grad():
         module[0].weight.add_(module[0].weight.sign())
-    pruned = wb.Prune(0.5, structured=False, scope="global").apply(load(module, 10), None).module
+    pruned = wb.Prune(0.5, granularity="weight", scope="global").apply(load(module, 10), None).module
     assert int((pruned[0].weight == 0).sum()) == 0 and int((pruned[1].weight == 0).sum()) == 100
 
 
 def test_equal_weights_are_still_zeroed_in_the_exact_number():
     module = nn.Sequential(nn.Linear(10, 10))
     nn.init.ones_(module[0].weight)
-    assert int((wb.Prune(0.3, structured=False).apply(load(module, 10), None).module[0].weight == 0).sum()) == 30
+    assert int((wb.Prune(0.3, granularity="weight").apply(load(module, 10), None).module[0].weight == 0).sum()) == 30
 
 
 # --- the step as a whole
 
 
-@pytest.mark.parametrize("step", [wb.Prune(0.5), wb.Prune(0.5, scope="global"), wb.Prune(0.5, structured=False)])
+@pytest.mark.parametrize("step", [wb.Prune(0.5), wb.Prune(0.5, scope="global"), wb.Prune(0.5, granularity="weight")])
 def test_the_result_is_the_same_every_time_and_the_model_untouched(step):
     model = wb.load("lenet5")
     before = model.fingerprint
@@ -320,7 +320,7 @@ def test_the_result_is_the_same_every_time_and_the_model_untouched(step):
 @pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated, yet its files are about
 def test_what_cannot_be_pruned_is_refused_with_what_to_do():
     line = load(nn.Sequential(nn.Linear(8, 4)), 8)
-    with pytest.raises(StepError, match=r"feeds the output directly.*structured=False"):
+    with pytest.raises(StepError, match=r"feeds the output directly.*granularity=\"weight\""):
         wb.Prune(0.5).apply(line, None)
     with pytest.raises(StepError, match=r"removes no channel.*multiples of 8.*smaller round_to"):
         wb.Prune(0.1).apply(load(cnn(), 3, 8, 8), None)

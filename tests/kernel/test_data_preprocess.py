@@ -8,10 +8,35 @@ import numpy as np
 import pytest
 import torch
 
-from workbench.data import Normalize, Preprocess, Resize, Scale
+import workbench as wb
+from workbench.data import (
+    Denoise,
+    DropMissing,
+    FillMissing,
+    Interpolate,
+    MinMax,
+    Normalize,
+    Preprocess,
+    Resize,
+    Scale,
+    ZScore,
+)
+from workbench.data.preprocess import PREPROCESSING
 from workbench.errors import DataError
 
-STEPS = [Scale(1 / 255), Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), Resize((8, 5))]
+STEPS = [
+    Scale(1 / 255),
+    Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    Resize((8, 5)),
+    MinMax(0, 2, (0, 0, 1), (255, 254, 253)),
+    DropMissing(),
+    FillMissing(0.5),
+    FillMissing("mean", (1, 2, 3)),
+    Interpolate(),
+    Denoise("mean"),
+    Denoise("median", 5),
+    Denoise("non-local means", search=5),
+]
 
 
 @pytest.fixture
@@ -59,6 +84,11 @@ def test_steps_survive_json(step: Preprocess):
     assert Preprocess.from_dict(json.loads(json.dumps(step.to_dict()))) == step
 
 
+def test_every_step_is_registered_and_public():
+    assert {type(step) for step in [*STEPS, ZScore()]} == set(PREPROCESSING.values())
+    assert all(getattr(wb.data, name) is step for name, step in PREPROCESSING.items())
+
+
 @pytest.mark.parametrize("values", [[0.5, 0.25], np.array([0.5, 0.25]), torch.tensor([0.5, 0.25]), (0.5, 0.25)])
 def test_normalize_accepts_any_sequence_and_stays_hashable(values):
     assert hash(Normalize(values, values)) == hash(Normalize((0.5, 0.25), (0.5, 0.25)))
@@ -91,7 +121,7 @@ def test_one_number_stands_for_one_channel_and_both_sides():
         (lambda: Preprocess.from_dict({"preprocess": "Normalise", "mean": 0}), "Did you mean 'Normalize'"),
         (lambda: Preprocess.from_dict({"preprocess": "Scale", "faktor": 2}), "Did you mean 'factor'"),
         (lambda: Preprocess.from_dict({"preprocess": "Normalize", "mean": 0}), "needs the setting 'std'"),
-        (lambda: Preprocess.from_dict({}), "Accepted: Normalize, Resize, Scale"),
+        (lambda: Preprocess.from_dict({}), "Accepted: Denoise, DropMissing, .*, Resize, Scale"),
     ],
 )
 def test_bad_settings_are_refused_in_words(make, said):

@@ -255,6 +255,26 @@ def test_recipe_survives_json_yaml_and_python(digits_candidate):
 
 
 @pytest.mark.parametrize(
+    ("steps", "family"),
+    [
+        ([], "dense"),
+        ([wb.Finetune()], "dense"),
+        ([wb.Prune(0.5), wb.Finetune(), wb.Prune(0.2)], "pruned"),
+        ([wb.Quantize("int8")], "quantised"),
+        ([wb.Prune(0.5), wb.Finetune(), wb.Quantize("int8")], "pruned+quantised"),
+        ([wb.Cluster(4)], "clustered"),
+        ([wb.LowRank()], "factorised"),
+        ([wb.Distill()], "distilled"),
+        ([wb.Clip()], "clipped"),
+        ([wb.Prune(0.5), wb.Cluster(4)], "mixed"),
+        ([wb.Prune(0.5), wb.Cluster(4), wb.Quantize("int8")], "mixed"),
+    ],
+)
+def test_a_recipe_belongs_to_the_family_of_its_techniques(steps, family):
+    assert wb.Recipe(tuple(steps), wb.OnnxRuntime()).family == family
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("steps: [{step: Prun, ratio: 0.5}]\nbackend: Eager", "Prune"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -11,9 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from widgets._fields import settings
+from workbench.compression import STEPS
+from workbench.deployment import OnnxRuntime
 from workbench.figures import _style, pareto, profile_bars
 from workbench.figures.pareto import POINTS, SELECTED, pareto_figure
 from workbench.figures.profile_bars import profile_bars_figure
+from workbench.study import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +88,32 @@ def test_the_baseline_is_the_first_candidate_without_steps_and_never_fades():
     info = pareto._info(frame)
     assert info.baseline.number == 2
     assert [p.faded for p in info.points] == [False, False, True, True]
+
+
+def _families() -> list[str]:
+    """Every family that a recipe of one or two steps can be of, the registered ones."""
+    fresh = [kind.from_dict({s.name: s.value for s in settings(kind, {})}) for kind in STEPS.values()]
+    recipes = [(), *((step,) for step in fresh), *itertools.product(fresh, repeat=2)]
+    return sorted({Recipe(steps, OnnxRuntime()).family for steps in recipes})
+
+
+def test_every_family_that_a_recipe_can_be_of_has_a_colour_and_a_name_in_the_legend():
+    families = _families()
+    assert {"dense", "mixed", "pruned+quantised", *(kind.family for kind in STEPS.values() if kind.family)} == set(
+        families
+    )
+    frame = pd.concat([candidates().head(1).assign(candidate=n, family=f) for n, f in enumerate(families, 1)])
+    figure = pareto_figure(frame.reset_index(drop=True))
+    assert list(trace(figure, POINTS).marker.color) == [_style.FAMILY_COLOURS[f] for f in families]
+    techniques = {t.name for t in figure.data if t.legendgroup == "Technique"}
+    assert techniques == {_style.FAMILY_NAMES.get(f, f) for f in families}
+    assert {"low rank", "weights shared", "pruned and quantised"} <= techniques
+
+
+def test_families_of_one_colour_differ_in_their_outline():
+    looks = [(colour, _style.FAMILY_OUTLINES.get(family, 0)) for family, colour in _style.FAMILY_COLOURS.items()]
+    assert len(set(looks)) == len(looks)
+    assert set(_style.FAMILY_COLOURS) >= set(_style.FAMILY_OUTLINES) | set(_style.FAMILY_NAMES)
 
 
 def test_one_long_interval_does_not_squeeze_the_others_together():

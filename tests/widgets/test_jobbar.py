@@ -10,7 +10,7 @@ import pytest
 from widgets import _bind
 from widgets._errors import Notices
 from widgets._jobbar import JobBar
-from workbench.errors import StepError
+from workbench.errors import Cancelled, StepError, TrainingDiverged
 from workbench.jobs import JobQueue, Progress
 
 
@@ -96,6 +96,25 @@ def test_a_failed_job_is_told_once_in_words(bar: JobBar, queue: JobQueue, notice
     settle()
     settle()
     assert notices.text == '<div role="alert"><b>Finetune failed.</b> The loss is nan.</div>'
+
+
+@pytest.mark.parametrize("kind", [TrainingDiverged, Cancelled])
+def test_a_training_that_was_broken_off_says_what_is_kept_and_how_to_go_on(kind, bar, queue, notices):
+    told = "Finetune stopped. The best epoch, 2, is kept in the error's `best`. The same recipe goes on from epoch 4."
+
+    def stop(progress: Progress) -> None:
+        error = kind(told)
+        error.best = object()
+        raise error
+
+    job = queue.submit("Prune 50 % → Finetune 9 epochs on OpenVINO", stop)
+    with pytest.raises(kind):
+        job.wait(60)
+    _bind.flush()
+    assert "kept in the error&#x27;s <code>best</code>. The same recipe goes on from epoch 4." in notices.text
+    assert "Details for a report" not in notices.text
+    state = "cancelled" if kind is Cancelled else "failed"
+    assert f"Prune 50 % → Finetune 9 epochs on OpenVINO: {state}" in bar.words.value
 
 
 def test_jobs_that_wait_are_counted(bar: JobBar, queue: JobQueue):

@@ -41,6 +41,18 @@ def test_a_pick_of_a_row_that_is_gone_is_nothing(table: Table):
     assert got == []
 
 
+def test_what_is_written_in_a_cell_is_reported_with_its_row_and_only_where_cells_can_be_written_in(table: Table):
+    got = []
+    table.on_edit(lambda key, text: got.append((key, text)))
+    table._received(table, {"kind": "edit", "key": "b", "text": "0.5"}, [])
+    assert got == []
+    table.editable = 1
+    table._received(table, {"kind": "edit", "key": "b", "text": "0.5"}, [])
+    table._received(table, {"kind": "edit", "key": "z", "text": "0.5"}, [])
+    assert got == [("b", "0.5")]
+    assert not table.pickable
+
+
 def test_the_fallback_is_an_escaped_table_with_numbers_to_the_right(table: Table):
     html = table.to_html()
     assert '<td style="text-align:left">conv&lt;1&gt;</td><td style="text-align:right">0.131</td>' in html

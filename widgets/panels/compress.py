@@ -6,20 +6,48 @@ from html import escape
 
 import ipywidgets as W
 
-from widgets._cards import Cards
+from widgets._cards import Card, Cards
 from widgets._copy import CopyButton
 from widgets._engines import EngineChoice
+from widgets._layer_values import LayerValues
 from widgets._panel import Panel
-from workbench.compression import STEPS, Finetune, Prune, Quantize, Step
+from widgets.panels.did import WhatItDid
+from workbench import jobs
+from workbench.compression import (
+    QAT,
+    STEPS,
+    Clip,
+    Cluster,
+    Distill,
+    FakeQuantize,
+    Finetune,
+    LowRank,
+    Prune,
+    Quantize,
+    Step,
+)
 from workbench.errors import WorkbenchError
+from workbench.jobs import Progress
+from workbench.models import Model
 from workbench.study import Candidate, Recipe
 
 PRESETS: dict[str, tuple[Step, ...]] = {
     "the model as it is": (),
     "int8": (Quantize("int8"),),
+    "train for int8": (QAT(epochs=2),),
+    "weights alone in int8": (Quantize("int8 weights"),),
     "prune 30 %, fine-tune": (Prune(0.3), Finetune(epochs=2)),
     "prune 50 %, fine-tune, int8": (Prune(0.5), Finetune(epochs=2), Quantize("int8")),
-    "half the weights zero, int8": (Prune(0.5, structured=False), Finetune(epochs=1), Quantize("int8")),
+    "prune 50 %, distil": (Prune(0.5), Distill(epochs=5)),
+    "half the weights zero, int8": (Prune(0.5, granularity="weight"), Finetune(epochs=1), Quantize("int8")),
+    "2 of 4 weights zero, fine-tune": (Prune(granularity="2:4"), Finetune(epochs=1)),
+    "90 % of the weights zero, 16 shared values": (
+        Prune(0.9, granularity="weight", rounds=2, epochs=3),
+        Cluster(16, epochs=1),
+    ),
+    "low rank, fine-tune": (LowRank(energy=0.9), Finetune(epochs=2)),
+    "clip, int8": (Clip(value=99.9), Quantize("int8")),
+    "4-bit weights, simulated": (FakeQuantize(bits=4, clip="mse"),),
 }
 
 
@@ -53,9 +81,13 @@ class CompressPanel(Panel):
         self.refused = W.HTML()
         self.refused.add_class("wb-refused")
         self.recipe = W.HTML()
-        self.cards = Cards(self._describe, self.bindings.handler)
+        self.layers = LayerValues(self.study.model, self._check_layer)
+        self.cards = Cards(self._changed, self.bindings.handler)
         self.cards.fill(PRESETS["prune 50 %, fine-tune, int8"])
-        return [top, self.cards, where, self.recipe, self.refused, actions]
+        self._mark()
+        self.did = WhatItDid(self.study, within=self)
+        self.fold = W.Accordion([self.did], titles=(f"{self.did.title}: records, training, weights, sizes",))
+        return [top, self.cards, self.layers, where, self.recipe, self.refused, actions, self.fold]
 
     def _listen(self) -> None:
         self.add.on_click(self.bindings.handler(lambda _: self.cards.add(self.kind.value), "Adding a step"))
@@ -63,11 +95,58 @@ class CompressPanel(Panel):
         self.on(self.preset, "value", self._start_from, "Starting from a recipe")
         for control in (self.engine.menu, self.batch, self.seed):
             self.on(control, "value", self._describe, "Reading the controls")
+        self.layers.table.on_pick(self.bindings.handler(self._picked, "Picking a layer"))
+        self.layers.table.on_edit(self.bindings.handler(self.layers.write, "Writing the value of a layer"))
+        self.bindings.connect(self.selection.events.layer, lambda *_: self._mark(), "Highlighting the layer")
+        self.on(self.fold, "selected_index", self.come_into_view, "Showing what it did")
+
+    def come_into_view(self) -> None:
+        if self.fold.selected_index == 0:
+            self.did.come_into_view()
 
     def _start_from(self) -> None:
         if self.preset.value:
             self.cards.fill(PRESETS[self.preset.value])
             self.preset.value = ""  # the same recipe can be chosen again after changes
+
+    def _changed(self) -> None:
+        """Bring what stands below the cards up to date."""
+        self._show_layers()
+        self._describe()
+
+    # values by layer
+
+    def _show_layers(self) -> None:
+        self.layers.show(self.cards.focused, self._before(self.cards.focused))
+
+    def _before(self, card: Card | None) -> tuple[Step, ...] | None:
+        """The steps before a card; None where there is no card, or one of them is refused."""
+        if card is None:
+            return None
+        try:
+            return tuple(c.step() for c in self.cards.cards[: self.cards.cards.index(card)])
+        except WorkbenchError:
+            return None
+
+    def _picked(self, key: str) -> None:
+        self.selection.layer = self.layers.names[int(key)]
+
+    def _mark(self) -> None:
+        picked = self.selection.layers
+        self.layers.table.selected = [str(key) for key, name in enumerate(self.layers.names) if name in picked]
+
+    def _check_layer(self, name: str) -> None:
+        """Ask the step, as a job, whether the network takes what was written for this layer."""
+        alone, before = self.layers.alone(name), self._before(self.cards.focused)
+        if alone is None or before is None or (*before, alone) in self.layers.refusals:
+            return
+        steps = (*before, alone)
+        job = jobs.submit(f"Checking {alone.label}", _refusal, self.study.model, steps)
+        self.follow(job, lambda why: self._checked(steps, why), "Checking the value of a layer")
+
+    def _checked(self, steps: tuple[Step, ...], why: str) -> None:
+        self.layers.refusals[steps] = why
+        self._show_layers()
 
     def draft(self) -> Recipe:
         """The recipe the controls describe; raises what the kernel refuses."""
@@ -102,7 +181,20 @@ class CompressPanel(Panel):
         self.selection.candidate = candidate.number
 
     def to_html(self) -> str:
-        return f"<h3>{escape(self.question)}</h3>{self.recipe.value}<pre>{escape(self.copy.text)}</pre>"
+        recipe = f"{self.recipe.value}<pre>{escape(self.copy.text)}</pre>"
+        return f"<h3>{escape(self.question)}</h3>{recipe}{self.layers.table.to_html()}{self.did.to_html()}"
 
     def to_text(self) -> str:
         return f"{self.study.name}: {self.copy.text or 'a recipe that is not complete'}"
+
+
+def _refusal(model: Model, steps: tuple[Step, ...], *, progress: Progress) -> str:
+    """Why the last of the steps refuses what those before make of the model; empty where it does not."""
+    for done, step in enumerate(steps, 1):
+        progress(done / len(steps), step.label)
+        try:
+            step.check(model)
+        except WorkbenchError as error:
+            return str(error) if done == len(steps) else ""  # an earlier one's reason is not this value's: Run tells it
+        model = step.preview(model)
+    return ""

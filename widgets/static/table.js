@@ -53,19 +53,46 @@ function render({ model, el }) {
     head.replaceChildren(row);
   };
 
+  // a cell to write in; what is written is said when it is left
+  const writable = (row, index, label) => {
+    const input = document.createElement("input");
+    input.type = "text";
+    input.value = row.cells[index];
+    input.placeholder = model.get("hint");
+    input.setAttribute("aria-label", `${label} of ${row.cells[0]}`);
+    const fault = model.get("faults")[row.key];
+    input.title = fault ?? "";
+    input.setAttribute("aria-invalid", fault !== undefined);
+    input.onfocus = () => {
+      if (model.get("pickable")) model.send({ kind: "pick", key: row.key });
+    };
+    input.onblur = () => {
+      if (input.value !== row.cells[index]) model.send({ kind: "edit", key: row.key, text: input.value });
+    };
+    return input;
+  };
+
   const drawBody = () => {
     const columns = model.get("columns");
+    const active = el.getRootNode().activeElement;
+    const typing = active && body.contains(active) && active.tagName === "INPUT" ? active : null;
+    const at = typing && { key: typing.closest("tr").dataset.key, text: typing.value, caret: typing.selectionStart };
+    if (typing) typing.onblur = null; // it is taken away, not left
     body.replaceChildren(
       ...ordered().map((row) => {
         const line = document.createElement("tr");
         line.dataset.key = row.key;
         if (row.strong) line.classList.add("wb-strong");
-        line.tabIndex = model.get("pickable") ? 0 : -1;
+        // a row with a cell to write in is reached by that cell
+        line.tabIndex = model.get("pickable") && model.get("editable") < 0 ? 0 : -1;
         row.cells.forEach((text, index) => {
           const cell = document.createElement("td");
-          cell.textContent = text;
           if (columns[index].number) cell.className = "wb-number";
-          else cell.title = text; // long names are cut
+          if (index === model.get("editable")) cell.append(writable(row, index, columns[index].label));
+          else {
+            cell.textContent = text;
+            if (!columns[index].number) cell.title = text; // long names are cut
+          }
           line.append(cell);
         });
         return line;
@@ -79,6 +106,15 @@ function render({ model, el }) {
       const line = document.createElement("tr");
       line.append(cell);
       body.append(line);
+    }
+    if (at) {
+      // rows come anew after each edit, when the next cell is being written in already
+      const input = [...body.rows].find((line) => line.dataset.key === at.key)?.querySelector("input");
+      if (input) {
+        input.value = at.text;
+        input.focus({ preventScroll: true });
+        input.setSelectionRange(at.caret, at.caret);
+      }
     }
   };
 
@@ -116,6 +152,11 @@ function render({ model, el }) {
   };
   body.addEventListener("click", pick);
   body.addEventListener("keydown", (event) => {
+    if (event.target.matches("input")) {
+      const next = event.target.closest("tr").nextElementSibling?.querySelector("input");
+      if (event.key === "Enter") (next ? next.focus() : event.target.blur());
+      return;
+    }
     if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
       pick(event);
@@ -130,7 +171,7 @@ function render({ model, el }) {
     setTimeout(() => (copy.textContent = "Copy as CSV"), 1500);
   };
 
-  for (const name of ["columns", "rows", "caption", "height", "pickable", "empty"]) model.on(`change:${name}`, draw);
+  for (const name of ["columns", "rows", "caption", "height", "pickable", "empty", "editable", "hint", "faults"]) model.on(`change:${name}`, draw);
   model.on("change:selected", () => drawSelected(true));
   draw();
 }

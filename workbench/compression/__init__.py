@@ -4,19 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
-from workbench.compression._base import Step
+from workbench.compression._base import Checkpoint, Step
+from workbench.compression.clip import Clip
+from workbench.compression.cluster import Cluster
+from workbench.compression.distill import Distill
+from workbench.compression.fake_quantize import FakeQuantize
 from workbench.compression.finetune import Finetune
+from workbench.compression.low_rank import LowRank
 from workbench.compression.prune import Prune
+from workbench.compression.qat import QAT
 from workbench.compression.quantize import Quantize
+from workbench.compression.sizes import Sizes, sizes
 from workbench.errors import RecipeError, nearest
 
 STEPS: dict[str, type[Step]] = {
+    "Clip": Clip,
+    "Cluster": Cluster,
+    "Distill": Distill,
+    "FakeQuantize": FakeQuantize,
     "Finetune": Finetune,
+    "LowRank": LowRank,
     "Prune": Prune,
+    "QAT": QAT,
     "Quantize": Quantize,
 }
 
-__all__ = ["STEPS", "Finetune", "Prune", "Quantize", "Step", "step_from_dict"]
+__all__ = [
+    "QAT",
+    "STEPS",
+    "Checkpoint",
+    "Clip",
+    "Cluster",
+    "Distill",
+    "FakeQuantize",
+    "Finetune",
+    "LowRank",
+    "Prune",
+    "Quantize",
+    "Sizes",
+    "Step",
+    "sizes",
+    "step_from_dict",
+]
 
 
 def step_from_dict(data: dict[str, Any]) -> Step:

@@ -61,8 +61,15 @@ class Checkpoint:
     def save(self, data: bytes) -> None:
         """Replace what was saved, atomically."""
 
+    def part(self, name: str) -> Checkpoint:
+        """A place for one of several trainings of the step, forgotten together with this one.
+
+        By default this place itself, so that only the latest training is kept.
+        """
+        return self
+
     def clear(self) -> None:
-        """Forget it: the step has ended."""
+        """Forget it: the step has ended and its result is kept."""
 
 
 NO_CHECKPOINT = Checkpoint()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 
-from workbench.compression import _checks, _training
+from workbench.compression import _checks, _keeping, _training
 from workbench.compression._base import NO_CHECKPOINT, Checkpoint, Step
 from workbench.data.task import Task
 from workbench.jobs import SILENT, Progress
@@ -15,8 +15,10 @@ from workbench.models.model import Model
 class Finetune(Step):
     """Train the network further on the task's training split, by cross-entropy under a cosine schedule.
 
-    Weights that pruning set to zero stay zero. The module's first output is taken as ``(N, classes)`` logits; a network
-    that ends in a softmax is recognised by its rows adding up to 1. The preprocessed training split is held in memory.
+    Weights that pruning set to zero stay zero, and values that clustering made shared stay shared. The module's first
+    output is taken as ``(N, classes)`` logits; a network that ends in a softmax is recognised by its rows adding up to
+    1. The preprocessed training split is held in memory. The weights of the best epoch are taken, and the record says
+    what each one came to, the last included.
 
     Parameters
     ----------
@@ -35,7 +37,8 @@ class Finetune(Step):
     validation
         Share of the training split that is held out to tell the best epoch by; 0 trains on all and keeps the last.
     mixed_precision
-        Compute in bfloat16 where torch holds that to be safe; the weights stay float32.
+        Compute in bfloat16, or in float16 on a GPU without it, where torch holds that to be safe; the weights stay
+        float32.
 
     Raises
     ------
@@ -59,14 +62,7 @@ class Finetune(Step):
     mixed_precision: bool = False
 
     def __post_init__(self) -> None:
-        _checks.whole("Finetune", "epochs", self.epochs)
-        _checks.number("Finetune", "learning_rate", self.learning_rate, 0)
-        _checks.whole("Finetune", "batch_size", self.batch_size)
-        _checks.choice("Finetune", "optimizer", self.optimizer, _training.OPTIMISERS)
-        _checks.number("Finetune", "weight_decay", self.weight_decay, 0, low_allowed=True)
-        _checks.whole("Finetune", "patience", self.patience, least=0)
-        _checks.number("Finetune", "validation", self.validation, 0, 1, low_allowed=True)
-        _checks.flag("Finetune", "mixed_precision", self.mixed_precision)
+        _checks.training("Finetune", self)
 
     @property
     def label(self) -> str:
@@ -74,8 +70,9 @@ class Finetune(Step):
         return f"Finetune {self.epochs} epoch{'s' if self.epochs > 1 else ''}"
 
     def check(self, model: Model) -> None:
-        """Refuse a model without a float32 torch module."""
+        """Refuse a model without a float32 torch module that takes batches of any size."""
         _checks.trainable("Finetune", model, "wb.Finetune()")
+        _checks.any_batch("Finetune", model)
 
     def apply(
         self,
@@ -88,14 +85,13 @@ class Finetune(Step):
     ) -> Model:
         """The trained model; see `_training.train` for what it raises."""
         self.check(model)
-        trained = _training.copied(model)
-        weights = [layer.weight for layer in trained.module.modules() if isinstance(layer, _checks.WEIGHTED)]
+        trained = model.changed("", module=_training.copied(model).module)
         return _training.train(
-            model.changed("", module=trained.module),
+            trained,
             task,
             _training.Plan(**{f.name: getattr(self, f.name) for f in fields(_training.Plan)}),
             step=self.label,
-            constraints=[_training.KeepZeros(weights)] if "pruned" in model.changes else [],
+            constraints=_keeping.constraints(trained),
             seed=seed,
             progress=progress,
             checkpoint=checkpoint,

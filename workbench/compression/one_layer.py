@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from workbench.compression import _checks, _simulated, _torch_pruning
+from workbench.compression import _activations, _calibrated, _channels, _checks, _simulated
+from workbench.compression._ranking import Rule
 from workbench.compression.prune import Prune
 from workbench.data.task import Task
-from workbench.deployment import Eager
-from workbench.errors import DataError, StepError
+from workbench.errors import StepError
 from workbench.jobs import SILENT, Progress
-from workbench.models import structure
 from workbench.models.model import Model
-
-BITS = (2, 16)  # the fewest and the most that are simulated
-_CHUNK = 32  # samples
 
 
 def check(model: Model) -> None:
@@ -42,8 +35,7 @@ def check_ratio(ratio: float) -> None:
 
 def check_bits(bits: int) -> None:
     """Refuse a width that `quantised` does not take; raises `StepError`."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not BITS[0] <= bits <= BITS[1]:
-        raise StepError(f"{bits!r} bits cannot be simulated; a whole number from {BITS[0]} to {BITS[1]} is needed.")
+    _simulated.check_bits(bits)
 
 
 def weighted(model: Model) -> tuple[str, ...]:
@@ -71,7 +63,7 @@ def prunable(model: Model) -> dict[str, tuple[str, ...]]:
         If the network cannot be traced.
     """
     order = {layer: place for place, layer in enumerate(weighted(model))}
-    groups = [tuple(sorted(group, key=order.__getitem__)) for group in _torch_pruning.removable(model)]
+    groups = [tuple(sorted(group.losing, key=order.__getitem__)) for group in _channels.removable(model)]
     return {group[0]: group for group in sorted(groups, key=lambda group: order[group[0]])}
 
 
@@ -91,10 +83,7 @@ def pruned(model: Model, layer: str, ratio: float) -> Model:
         If the layer cannot lose channels, or has too few to lose any at this ratio.
     """
     check_ratio(ratio)
-    width = _torch_pruning.Width(ratio, importance="l2", scope="layer", round_to=1)
-    module = _torch_pruning.remove_channels(model, width, only=layer)
-    edit = structure.difference(model.module, module)
-    return model.changed("pruned", module=module, edits=(*model.edits, edit))
+    return _channels.Channels(model, Rule(layers={layer: ratio})).cut(model)
 
 
 def input_ranges(model: Model, task: Task, *, progress: Progress = SILENT) -> dict[str, tuple[float, float]]:
@@ -105,23 +94,7 @@ def input_ranges(model: Model, task: Task, *, progress: Progress = SILENT) -> di
     DataError
         If there is no calibration split, or an input is NaN or infinite.
     """
-    count = task.count("calibration")
-    if not count:
-        raise DataError(
-            f"{task.name} has no calibration samples to take ranges from; build it with "
-            "wb.Task.from_arrays(…, calibration=512)."
-        )
-    module = copy.deepcopy(model.module)
-    ranges: dict[str, tuple[float, float]] = {}
-    with Eager().compile(model.changed("", module=module)) as engine:
-        for layer in weighted(model):
-            module.get_submodule(layer).register_forward_pre_hook(_noting(ranges, layer), with_kwargs=True)
-        done = 0
-        for inputs, labels in task.batches("calibration", _CHUNK):
-            progress(done / count, f"ranges, {done} of {count} samples")
-            engine(*inputs)
-            done += len(labels)
-    return ranges
+    return _activations.extents(model, weighted(model), _calibrated.samples(model, task), progress=progress)
 
 
 def quantised(model: Model, layer: str, bits: int, input_range: tuple[float, float]) -> Model:
@@ -150,31 +123,5 @@ def quantised(model: Model, layer: str, bits: int, input_range: tuple[float, flo
     with torch.no_grad():
         # a parameter of its own: another layer may share the old one, and is to stay as it is
         part.weight = nn.Parameter(_simulated.weight(part, bits), requires_grad=part.weight.requires_grad)
-    part.register_forward_pre_hook(_rounding(bits, *input_range), with_kwargs=True)
+    _simulated.round_input(module, layer, bits, *input_range)
     return model.changed("quantised", module=module)
-
-
-def _noting(ranges: dict[str, tuple[float, float]], layer: str) -> Callable:
-    def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        low, high = (float(end) for end in _input(args, kwargs).aminmax())
-        if not math.isfinite(high - low):
-            raise DataError(
-                f"The input of {layer} is NaN or infinite on calibration samples, so that no range can be taken. Check "
-                "that preprocessing and weights belong together."
-            )
-        before = ranges.get(layer, (low, high))
-        ranges[layer] = min(low, before[0]), max(high, before[1])
-
-    return hook
-
-
-def _rounding(bits: int, low: float, high: float) -> Callable:
-    def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
-        rounded = _simulated.activation(_input(args, kwargs), bits, low, high)
-        return ((rounded, *args[1:]), kwargs) if args else (args, {**kwargs, "input": rounded})
-
-    return hook
-
-
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["input"]

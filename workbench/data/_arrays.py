@@ -14,8 +14,10 @@ _IDS = ("int32", "int64", "bool")
 _VALUES = ("float16", "float32", "float64", "uint8", "int8", "int16", "uint16")
 _CHUNK_BYTES = 16 * 2**20
 
+IMAGES = ("NHW", "NHWC", "NCHW")  # the layouts of images
 
-def read_inputs(x: Any, what: str) -> tuple[tuple[str, ...], tuple[np.ndarray, ...]]:
+
+def read_inputs(x: Any, what: str, *, missing: bool = False) -> tuple[tuple[str, ...], tuple[np.ndarray, ...]]:
     """Names (none where given by position) and C-contiguous arrays of one split's inputs, batch axis first.
 
     Parameters
@@ -24,6 +26,8 @@ def read_inputs(x: Any, what: str) -> tuple[tuple[str, ...], tuple[np.ndarray, .
         An array, tensor or nested list; or a dict or tuple of them for a model with several inputs.
     what
         What an error calls it, e.g. ``x_train``.
+    missing
+        Whether NaN is accepted, as a missing value that preprocessing deals with.
     """
     if isinstance(x, Mapping):
         names, given = tuple(str(name) for name in x), list(x.values())
@@ -34,7 +38,10 @@ def read_inputs(x: Any, what: str) -> tuple[tuple[str, ...], tuple[np.ndarray, .
     labels = [f"{what}[{name!r}]" for name in names] or (
         [f"{what}[{i}]" for i in range(len(given))] if len(given) > 1 else [what]
     )
-    arrays = tuple(_input(value, label, single=len(given) == 1) for value, label in zip(given, labels, strict=True))
+    arrays = tuple(
+        _input(value, label, single=len(given) == 1, missing=missing)
+        for value, label in zip(given, labels, strict=True)
+    )
     for array, label in zip(arrays, labels, strict=True):
         if len(array) != len(arrays[0]):
             raise DataError(
@@ -123,7 +130,7 @@ def _array(value: Any, what: str) -> np.ndarray:
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
-def _input(value: Any, what: str, *, single: bool) -> np.ndarray:
+def _input(value: Any, what: str, *, single: bool, missing: bool) -> np.ndarray:
     array = _array(value, what)
     if array.dtype.name not in _IDS + _VALUES:
         raise DataError(
@@ -138,25 +145,37 @@ def _input(value: Any, what: str, *, single: bool) -> np.ndarray:
         raise DataError(f"{what} is empty; every split needs at least one sample.")
     if array.size == 0:
         raise DataError(f"{what} has the shape {array.shape}: its samples hold no values.")
-    _refuse_non_finite(array, what)
+    _refuse_non_finite(array, what, missing=missing)
     return np.ascontiguousarray(array)
 
 
-def _refuse_non_finite(array: np.ndarray, what: str) -> None:
+def _refuse_non_finite(array: np.ndarray, what: str, *, missing: bool) -> None:
     if array.dtype.kind != "f":
         return
     rows = max(1, _CHUNK_BYTES // max(array[0].nbytes, 1))
     bad, first = 0, None
     for start in range(0, len(array), rows):
         with np.errstate(over="ignore"):  # a float64 beyond float32's range becomes inf, and is reported as such
-            finite = np.isfinite(array[start : start + rows].astype(np.float32, copy=False))
+            values = array[start : start + rows].astype(np.float32, copy=False)
+        finite = np.isfinite(values)
+        if missing:
+            finite |= np.isnan(values)
         if not finite.all():
             if first is None:
                 offset = np.unravel_index(int(np.argmin(finite)), finite.shape)
                 first = (start + int(offset[0]), *(int(i) for i in offset[1:]))
             bad += int(finite.size - np.count_nonzero(finite))
     if bad:
+        kind = "infinite" if missing else "NaN or infinite"
+        hint = (
+            ""
+            if missing
+            else (
+                " If NaN stands for a missing value, let preprocess begin with wb.data.DropMissing(), "
+                'wb.data.FillMissing("mean") or wb.data.Interpolate().'
+            )
+        )
         raise DataError(
-            f"{what} holds {bad} value{'s' if bad > 1 else ''} that are NaN or infinite in float32, the first at index "
-            f"{first}; repair them (numpy.nan_to_num) or leave those samples out."
+            f"{what} holds {bad} value{'s' if bad > 1 else ''} that are {kind} in float32, the first at index "
+            f"{first}; repair them (numpy.nan_to_num) or leave those samples out.{hint}"
         )

@@ -31,6 +31,17 @@ def check_alike(
             )
 
 
+def check_steps(setting: str, steps: Iterable[object], kind: type, accepted: Iterable[str]) -> None:
+    """Refuse what is not a step of this kind, naming those that are."""
+    for step in steps:
+        if not isinstance(step, kind):
+            word = {"preprocess": "a preprocessing", "augment": "an augmentation"}[setting]
+            raise DataError(
+                f"{setting} holds {step!r}, which is not {word} step. Accepted: "
+                f"{', '.join(f'wb.data.{name}(…)' for name in accepted)}."
+            )
+
+
 def calibration_size(calibration: object, train: int) -> int:
     """How many samples calibrate; the default is clipped to the training split, another size must fit in it."""
     if not isinstance(calibration, (int, np.integer)) or isinstance(calibration, bool) or calibration < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Prepared:
         self._whole: dict[str, tuple[np.ndarray, ...]] = {}
         first = next(iter(raw.values()))
         kinds = [_arrays.layout(x) for x in first]
-        images = [kind in ("NHW", "NHWC", "NCHW") for kind in kinds]
+        images = [kind in _arrays.IMAGES for kind in kinds]
         self.changed = tuple(images if any(images) else [kind != "ids" for kind in kinds])
         self.samples = tuple(self._sample(x, changed) for x, changed in zip(first, self.changed, strict=True))
 
@@ -60,6 +60,11 @@ class Prepared:
                     values = step.apply(values)
                 into[low - start : high - start] = values
         return prepared
+
+    def chunks(self, split: str) -> Iterator[tuple[np.ndarray, ...]]:
+        """All samples of a split in order, some at a time."""
+        count = len(self._raw[split][0])
+        return (self.slice(split, start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
 
     def remember(self, split: str) -> None:
         """Keep a whole split preprocessed if it fits the limit, letting go of the one kept longest.

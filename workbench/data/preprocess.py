@@ -6,19 +6,55 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from workbench.errors import DataError, nearest
 
+PREPROCESSING: dict[str, type[Preprocess]] = {}  # every step by name; a class enters itself
+
 _LARGEST_SIDE = 4096
 
 
 @dataclass(frozen=True)
 class Preprocess(ABC):
-    """One preprocessing step: a frozen value whose fields are JSON values."""
+    """One preprocessing step: a frozen value whose fields are JSON values.
+
+    A step that takes numbers from the data holds them once it is fitted: a `Task` fits it on its training split, and
+    the fitted step is what the task keeps, describes, and hands to a package.
+
+    Attributes
+    ----------
+    mends_missing
+        Whether data with missing values, NaN, are accepted because of this step.
+    """
+
+    mends_missing: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        PREPROCESSING[cls.__name__] = cls
+
+    @property
+    def fitted(self) -> bool:
+        """Whether `apply` has all it needs; most steps take nothing from the data."""
+        return True
+
+    def fit(self, chunks: Iterable[np.ndarray]) -> Preprocess:
+        """The step that does to any sample what the training samples call for.
+
+        Parameters
+        ----------
+        chunks
+            All training samples as this step is given them, float32, some at a time, batch axis first.
+
+        Raises
+        ------
+        DataError
+            If they do not tell what the step needs.
+        """
+        return self
 
     @abstractmethod
     def shape_after(self, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -70,7 +106,7 @@ class Scale(Preprocess):
     factor: float
 
     def __post_init__(self) -> None:
-        (factor,) = _numbers("Scale", "factor", self.factor, count=1)
+        (factor,) = numbers("Scale", "factor", self.factor, count=1)
         if factor == 0:
             raise DataError("Scale(0) would make every input zero; give a factor such as 1 / 255.")
         object.__setattr__(self, "factor", factor)
@@ -102,7 +138,7 @@ class Normalize(Preprocess):
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        mean, std = _numbers("Normalize", "mean", self.mean), _numbers("Normalize", "std", self.std)
+        mean, std = numbers("Normalize", "mean", self.mean), numbers("Normalize", "std", self.std)
         if len(mean) != len(std):
             raise DataError(
                 f"Normalize has {len(mean)} means and {len(std)} standard deviations; give one per channel."
@@ -113,21 +149,12 @@ class Normalize(Preprocess):
         object.__setattr__(self, "std", std)
 
     def shape_after(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if shape and shape[0] == len(self.mean):
-            return shape
-        hint = ""
-        if len(shape) == 3 and shape[-1] == len(self.mean):
-            hint = " Images that are not u8 are taken as NCHW: pass x.transpose(0, 3, 1, 2)."
-        raise DataError(
-            f"Normalize has {len(self.mean)} channels, but a sample of shape {shape} has {shape[0] if shape else 0} on "
-            f"its first axis; give one mean and one standard deviation per channel.{hint}"
-        )
+        check_channels("Normalize", len(self.mean), shape)
+        return shape
 
     def apply(self, x: np.ndarray) -> np.ndarray:
-        axes = (1, len(self.mean)) + (1,) * (x.ndim - 2)
-        mean, std = (np.asarray(v, np.float32).reshape(axes) for v in (self.mean, self.std))
-        changed = x - mean
-        changed /= std
+        changed = x - per_channel(self.mean, x.ndim)
+        changed /= per_channel(self.std, x.ndim)
         return changed
 
 
@@ -163,9 +190,6 @@ class Resize(Preprocess):
         return resized.numpy()
 
 
-PREPROCESSING: dict[str, type[Preprocess]] = {"Scale": Scale, "Normalize": Normalize, "Resize": Resize}
-
-
 def image_size(size: int | Iterable[int]) -> tuple[int, int]:
     """Height and width from one number or two; a `DataError` unless both are whole and from 1 to 4096."""
     sides = (size, size) if isinstance(size, (int, np.integer)) else tuple(size) if isinstance(size, Iterable) else ()
@@ -178,13 +202,39 @@ def image_size(size: int | Iterable[int]) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
-def _numbers(step: str, setting: str, value: object, count: int | None = None) -> tuple[float, ...]:
-    """Finite floats from a number, sequence, array or tensor."""
+def check_channels(step: str, count: int, shape: tuple[int, ...]) -> None:
+    """Refuse samples whose first axis has another length than the numbers a step holds per channel."""
+    if shape and shape[0] == count:
+        return
+    hint = ""
+    if len(shape) == 3 and shape[-1] == count:
+        hint = " Images that are not u8 are taken as NCHW: pass x.transpose(0, 3, 1, 2)."
+    raise DataError(
+        f"{step} has {count} channels, but a sample of shape {shape} has {shape[0] if shape else 0} on its first axis; "
+        f"each channel needs numbers of its own.{hint}"
+    )
+
+
+def per_channel(values: Iterable[float], axes: int) -> np.ndarray:
+    """A number per channel as float32 that a batch of so many axes can be combined with; channels are axis 1."""
+    return np.asarray(tuple(values), np.float32).reshape((1, -1) + (1,) * (axes - 2))
+
+
+def numbers(step: str, setting: str, value: object, count: int | None = None) -> tuple[float, ...]:
+    """Finite floats from a number, sequence, array or tensor; a `DataError` names the step and its setting."""
     try:
-        numbers = tuple(float(v) for v in np.ravel(np.asarray(value)))
+        read = tuple(float(v) for v in np.ravel(np.asarray(value)))
     except (TypeError, ValueError):
-        numbers = ()
-    if not numbers or not all(math.isfinite(v) for v in numbers) or (count is not None and len(numbers) != count):
+        read = ()
+    if not read or not all(math.isfinite(v) for v in read) or (count is not None and len(read) != count):
         wanted = "one finite number" if count == 1 else "a finite number per channel"
         raise DataError(f"{step} has {setting}={value!r}; give {wanted}.")
-    return numbers
+    return read
+
+
+def whole(step: str, setting: str, value: object, least: int, most: int, *, odd: bool = False) -> None:
+    """Refuse a setting that is not a whole number from `least` to `most`, odd where it is to have a middle."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or not least <= value <= most or (odd and value % 2 == 0):
+        kind = "an odd" if odd else "a whole"
+        raise DataError(f"{step} has {setting}={value!r}; give {kind} number from {least} to {most}.")

@@ -14,28 +14,17 @@ import numpy as np
 
 from workbench.data import _arrays, _checks
 from workbench.data._prepared import Prepared
+from workbench.data._sentences import WordTokenizer
+from workbench.data._splits import Split, refuse_missing, settle
+from workbench.data.augment import AUGMENTATIONS, Augment
 from workbench.data.metric import Accuracy, Metric
-from workbench.data.preprocess import PREPROCESSING, Preprocess
+from workbench.data.preprocess import Preprocess
 from workbench.errors import DataError, nearest
 
 if TYPE_CHECKING:
     from workbench.models.model import Model
 
 SPLITS = ("train", "calibration", "test")
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Raw inputs and labels of one split: one array per model input, batch axis first, and ``(N,)`` int64 labels."""
-
-    inputs: tuple[np.ndarray, ...]
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __repr__(self) -> str:
-        return f"<Split of {len(self)} samples, {', '.join(f'{x.dtype} {x.shape[1:]}' for x in self.inputs)}>"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,8 +41,8 @@ class Task:
     classes
         Name of each class; a label is an index into it.
     preprocess
-        Steps in order. They act on the images among the inputs, or, where there are none, on every input that is not
-        ids; see `from_arrays`.
+        Steps in order, fitted on the training split where they take numbers from the data. They act on the images
+        among the inputs, or, where there are none, on every input that is not ids; see `from_arrays`.
     metric
         What decides accuracy.
     seed
@@ -62,6 +51,12 @@ class Task:
         The raw splits; `calibration` is a sample of `train`.
     input_names
         Names of the inputs where they were given by name, else empty: by position.
+    tokenizer
+        What made the ids of sentences, for sentences to come; None for other data.
+    augment
+        Random changes to the images of a training batch, in order; see `augmented`.
+    notes
+        What making it had to say, in sentences: samples that preprocessing left out.
     """
 
     name: str
@@ -73,19 +68,25 @@ class Task:
     calibration: Split
     test: Split
     input_names: tuple[str, ...] = ()
+    tokenizer: WordTokenizer | None = None
+    augment: tuple[Augment, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for step in self.preprocess:
-            if not isinstance(step, Preprocess):
-                raise DataError(
-                    f"preprocess holds {step!r}, which is not a preprocessing step. Accepted: "
-                    f"{', '.join(f'wb.data.{name}(…)' for name in PREPROCESSING)}."
-                )
+        _checks.check_steps("augment", self.augment, Augment, AUGMENTATIONS)
         if not isinstance(self.metric, Metric):
             raise DataError(f"metric is {self.metric!r}; give a metric such as wb.data.Accuracy(), or None.")
+        settled = settle({split: getattr(self, split) for split in SPLITS}, self.preprocess)
+        changed = {**settled.splits, "preprocess": settled.steps, "notes": (*self.notes, *settled.notes)}
+        for name, value in changed.items():
+            object.__setattr__(self, name, value)
         # asking for the prepared samples makes every step say whether it fits, before any work
-        if self.preprocess and not any(self._prepared.changed):
-            raise DataError("preprocess has steps, but x holds only ids or masks; cast x to float32 or leave it empty.")
+        refuse_missing(settled.splits, self._prepared)
+        if self.augment and not any(self._images):
+            raise DataError("augment changes images, and x holds none: (N, C, H, W), or u8 (N, H, W); leave it empty.")
+        for (_, shape, _), is_image in zip(self._samples, self._images, strict=True):
+            for step in self.augment if is_image else ():
+                step.check(shape)
 
     @classmethod
     def from_arrays(
@@ -97,6 +98,7 @@ class Task:
         *,
         calibration: int = _checks.DEFAULT_CALIBRATION,
         preprocess: Sequence[Preprocess] = (),
+        augment: Sequence[Augment] = (),
         classes: Sequence[str] | None = None,
         name: str = "arrays",
         metric: Metric | None = None,
@@ -110,7 +112,8 @@ class Task:
             Batch axis first. Images are u8 ``(N, H, W, C)`` with 1, 3 or 4 channels, u8 ``(N, H, W)`` (one channel), or
             of any dtype ``(N, C, H, W)``; u8 of four axes whose last is 1, 3 or 4 is always read as NHWC. Tables are
             ``(N, F)``; other shapes pass as they are. int32, int64 and bool are ids or masks and stay so; every other
-            dtype becomes float32. A dict (by name) or a tuple (by position) of arrays feeds several inputs.
+            dtype becomes float32. A dict (by name) or a tuple (by position) of arrays feeds several inputs. NaN is a
+            missing value, accepted where `preprocess` has a step that deals with it.
         y_train, y_test
             ``(N,)`` whole numbers from 0.
         calibration
@@ -118,7 +121,9 @@ class Task:
             `y_train`. The default, 512, means all of a smaller training split.
         preprocess
             Steps applied in order to float32, channels first: to the images where there are any, else to every input
-            that is not ids.
+            that is not ids. Those that take numbers from the data are fitted on `x_train` alone.
+        augment
+            Random changes to the images of each training batch, in order: ``[wb.data.Crop(2), wb.data.Rotate(10)]``.
         classes
             Name of each class. By default the labels' numbers; the test split may then hold no label that training
             lacks.
@@ -132,8 +137,12 @@ class Task:
         DataError
             Before any work, if the arrays, labels, classes or steps do not fit each other.
         """
-        names, train_x = _arrays.read_inputs(x_train, "x_train")
-        test_names, test_x = _arrays.read_inputs(x_test, "x_test")
+        for setting, steps, example in (("preprocess", preprocess, "Scale(1 / 255)"), ("augment", augment, "Crop(2)")):
+            if not isinstance(steps, (list, tuple)):
+                raise DataError(f"{setting} is {steps!r}; give a list of steps, e.g. [wb.data.{example}].")
+        missing = any(isinstance(step, Preprocess) and step.mends_missing for step in preprocess)
+        names, train_x = _arrays.read_inputs(x_train, "x_train", missing=missing)
+        test_names, test_x = _arrays.read_inputs(x_test, "x_test", missing=missing)
         train = Split(train_x, _arrays.read_labels(y_train, "y_train"))
         test = Split(test_x, _arrays.read_labels(y_test, "y_test"))
         for split, which in ((train, "train"), (test, "test")):
@@ -144,19 +153,23 @@ class Task:
                 )
         _checks.check_alike(names, train_x, test_names, test_x)
         seed = _checks.check_seed(seed)
+        class_names = _checks.class_names(classes, train.labels, test.labels)
+        # before the calibration sample is drawn, so that it has the size that was asked for
+        settled = settle({"train": train, "test": test}, preprocess)
+        train, test = settled.splits["train"], settled.splits["test"]
         picked = _arrays.stratified(train.labels, _checks.calibration_size(calibration, len(train)), seed)
-        if not isinstance(preprocess, (list, tuple)):
-            raise DataError(f"preprocess is {preprocess!r}; give a list of steps, e.g. [wb.data.Scale(1 / 255)].")
         return cls(
             name=str(name),
-            classes=_checks.class_names(classes, train.labels, test.labels),
-            preprocess=tuple(preprocess),
+            classes=class_names,
+            preprocess=settled.steps,
             metric=Accuracy() if metric is None else metric,
             seed=seed,
             train=train,
             calibration=Split(tuple(x[picked] for x in train.inputs), train.labels[picked]),
             test=test,
             input_names=names,
+            augment=tuple(augment),
+            notes=settled.notes,
         )
 
     def count(self, split: str) -> int:
@@ -224,6 +237,29 @@ class Task:
             self._prepared.remember(split)
         return self._prepared.slice(split, 0, count)
 
+    def augmented(self, inputs: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """A preprocessed training batch with its images changed at random, by the steps of `augment` in order.
+
+        Parameters
+        ----------
+        inputs
+            One array per model input, as `batches` gives them; left as they are.
+        rng
+            What is drawn comes from here: for each sample its own, the same for all images of one sample.
+
+        Returns
+        -------
+        tuple
+            The same shapes and dtypes; inputs that are not images are passed on.
+        """
+        changed = list(inputs)
+        for step in self.augment:
+            drawn = step.draw(len(changed[0]), rng)
+            changed = [
+                step.apply(x, drawn) if is_image else x for x, is_image in zip(changed, self._images, strict=True)
+            ]
+        return tuple(changed)
+
     def check(self, model: Model) -> None:
         """Refuse a model whose inputs these data do not fit, in number, name, shape or dtype.
 
@@ -254,9 +290,10 @@ class Task:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of data, preprocessing and metric, as hex; names do not count. The same in every process."""
+        """SHA-256 of data, preprocessing, augmentation and metric, as hex, the same everywhere; names do not count."""
         steps = [step.to_dict() for step in self.preprocess]
-        digest = hashlib.sha256(json.dumps([steps, repr(self.metric), list(self.input_names)], sort_keys=True).encode())
+        settings = [steps, repr(self.metric), list(self.input_names), *(step.to_dict() for step in self.augment)]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for which in SPLITS:
             split = self._split(which)
             for array in (*split.inputs, split.labels):
@@ -269,7 +306,7 @@ class Task:
 
         Each of ``inputs`` has its name, shape and dtype as the model sees them, how its raw data look (``raw_shape``,
         ``raw_dtype``, and ``raw_layout``: ``ids``, ``values``, ``NHW``, ``NHWC`` or ``NCHW``), and whether the steps of
-        ``preprocessing`` act on it. The batch axis is None.
+        ``preprocessing`` act on it. The batch axis is None. A task of sentences adds its ``tokenizer``, words included.
         """
         columns = zip(self._samples, self.train.inputs, self._prepared.changed, strict=True)
         return {
@@ -288,9 +325,12 @@ class Task:
                 for (name, shape, dtype), raw, changed in columns
             ],
             "preprocessing": [step.to_dict() for step in self.preprocess],
+            "augmentation": [step.to_dict() for step in self.augment],
+            "notes": list(self.notes),
             "metric": self.metric.name,
             "counts": {split: self.count(split) for split in SPLITS},
             "seed": self.seed,
+            **({"tokenizer": self.tokenizer.to_dict()} if self.tokenizer else {}),
         }
 
     def __repr__(self) -> str:
@@ -307,7 +347,9 @@ class Task:
             ("classes", f"{len(self.classes)} classes ({names})"),
             ("inputs", ", ".join(_checks.written(*sample) for sample in self._samples)),
             ("preprocessing", " → ".join(repr(step) for step in self.preprocess) or "no preprocessing"),
+            *([("augmentation", " → ".join(repr(step) for step in self.augment))] if self.augment else []),
             ("metric", self.metric.name),
+            *([("notes", " ".join(self.notes))] if self.notes else []),
         ]
 
     def _split(self, split: str) -> Split:
@@ -318,6 +360,11 @@ class Task:
     @cached_property
     def _prepared(self) -> Prepared:
         return Prepared({split: self._split(split).inputs for split in SPLITS}, self.preprocess)
+
+    @property
+    def _images(self) -> tuple[bool, ...]:
+        """Which inputs are images."""
+        return tuple(_arrays.layout(x) in _arrays.IMAGES for x in self.train.inputs)
 
     @property
     def _samples(self) -> tuple[tuple[str, tuple[int, ...], str], ...]:

@@ -1,16 +1,17 @@
-"""Data sets that come ready as a `Task`: digits (embedded), MNIST, CIFAR-10, and folders of images."""
+"""Data sets that come ready as a `Task`: digits (embedded), MNIST, CIFAR-10, folders of images and of sentences."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from workbench.data import _arrays, _files, _images
+from workbench.data import _arrays, _checks, _files, _images, _sentences
 from workbench.data._download import Remote, fetch
+from workbench.data.augment import Augment
 from workbench.data.preprocess import Normalize, Preprocess, Resize, Scale, image_size
 from workbench.data.task import Task
 from workbench.errors import DataError
@@ -19,8 +20,13 @@ from workbench.jobs import SILENT, Progress
 _DIGITS = tuple(str(i) for i in range(10))
 
 
-def digits() -> Task:
+def digits(*, augment: Sequence[Augment] = ()) -> Task:
     """Scikit-learn's handwritten digits as 28 × 28 images: nothing is fetched.
+
+    Parameters
+    ----------
+    augment
+        Random changes to the images of each training batch, in order; see `Task.from_arrays`.
 
     Returns
     -------
@@ -40,11 +46,17 @@ def digits() -> Task:
     x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=500, stratify=y, random_state=0)
     return Task.from_arrays(
         x_train, y_train, x_test, y_test,
-        calibration=256, preprocess=[Scale(1 / 16), Resize(28)], classes=_DIGITS, name="digits",
+        calibration=256, preprocess=[Scale(1 / 16), Resize(28)], augment=augment, classes=_DIGITS, name="digits",
     )  # fmt: skip
 
 
-def mnist(path: str | Path | None = None, *, download: bool = False, progress: Progress = SILENT) -> Task:
+def mnist(
+    path: str | Path | None = None,
+    *,
+    download: bool = False,
+    augment: Sequence[Augment] = (),
+    progress: Progress = SILENT,
+) -> Task:
     """MNIST: 28 × 28 handwritten digits, normalised to float32 (N, 1, 28, 28) by ``(x / 255 - 0.1307) / 0.3081``.
 
     Parameters
@@ -55,6 +67,8 @@ def mnist(path: str | Path | None = None, *, download: bool = False, progress: P
         ``~/.cache/inference-workbench``.
     download
         Whether to download the original files (12 MB) to the latter if nothing is found there, verified by SHA-256.
+    augment
+        Random changes to the images of each training batch, in order; see `Task.from_arrays`.
     progress
         Told of the download, which it can cancel.
 
@@ -69,12 +83,17 @@ def mnist(path: str | Path | None = None, *, download: bool = False, progress: P
     Proceedings of the IEEE 86 (1998).
     """
     arrays = _read(_MNIST, path, download, progress)
-    return Task.from_arrays(
-        **arrays, preprocess=[Scale(1 / 255), Normalize(0.1307, 0.3081)], classes=_MNIST.classes, name="mnist"
-    )
+    steps = [Scale(1 / 255), Normalize(0.1307, 0.3081)]
+    return Task.from_arrays(**arrays, preprocess=steps, augment=augment, classes=_MNIST.classes, name="mnist")
 
 
-def cifar10(path: str | Path | None = None, *, download: bool = False, progress: Progress = SILENT) -> Task:
+def cifar10(
+    path: str | Path | None = None,
+    *,
+    download: bool = False,
+    augment: Sequence[Augment] = (),
+    progress: Progress = SILENT,
+) -> Task:
     """CIFAR-10: 32 × 32 colour photographs of ten classes, normalised per channel to float32 (N, 3, 32, 32).
 
     Values are scaled to 0 to 1, then normalised by mean (0.485, 0.456, 0.406) and standard deviation
@@ -88,6 +107,8 @@ def cifar10(path: str | Path | None = None, *, download: bool = False, progress:
         ``~/.cache/inference-workbench``.
     download
         Whether to download the binary version (170 MB) to the latter if nothing is found there, verified by SHA-256.
+    augment
+        Random changes to the images of each training batch, in order; see `Task.from_arrays`.
     progress
         Told of the download, which it can cancel.
 
@@ -102,7 +123,7 @@ def cifar10(path: str | Path | None = None, *, download: bool = False, progress:
     """
     arrays = _read(_CIFAR10, path, download, progress)
     steps = [Scale(1 / 255), Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-    return Task.from_arrays(**arrays, preprocess=steps, classes=_CIFAR10.classes, name="cifar10")
+    return Task.from_arrays(**arrays, preprocess=steps, augment=augment, classes=_CIFAR10.classes, name="cifar10")
 
 
 def image_folder(
@@ -111,6 +132,7 @@ def image_folder(
     *,
     channels: int = 3,
     preprocess: Sequence[Preprocess] = (Scale(1 / 255),),
+    augment: Sequence[Augment] = (),
     calibration: int | None = None,
     seed: int = 0,
     progress: Progress = SILENT,
@@ -128,6 +150,8 @@ def image_folder(
         3 for RGB, 1 for grey.
     preprocess
         Steps on float32 (N, channels, height, width); by default bytes are scaled to 0 to 1.
+    augment
+        Random changes to the images of each training batch, in order; see `Task.from_arrays`.
     calibration
         How many training images calibrate quantisation; by default 512, or all if there are fewer.
     seed
@@ -153,8 +177,70 @@ def image_folder(
         arrays[f"y_{split}"] = np.array([label for _, label in files])
     settings = {} if calibration is None else {"calibration": calibration}
     return Task.from_arrays(
-        **arrays, **settings, preprocess=preprocess, classes=classes, name=root.resolve().name, seed=seed
-    )
+        **arrays, **settings, preprocess=preprocess, augment=augment, classes=classes, name=root.resolve().name,
+        seed=seed,
+    )  # fmt: skip
+
+
+def sentences(
+    path: str | Path,
+    *,
+    length: int = 32,
+    vocabulary: int = 8192,
+    classes: Sequence[str] | None = None,
+    judged_by: str = "test",
+    calibration: int | None = None,
+    seed: int = 0,
+) -> Task:
+    """A task from files of labelled sentences: ``train.tsv`` and ``test.tsv`` with ``sentence<TAB>label`` lines.
+
+    Parameters
+    ----------
+    path
+        The folder that holds the files; its name becomes the task's.
+    length
+        Ids per sentence: what is longer is cut, what is shorter padded with 0.
+    vocabulary
+        Ids in all: 0 pads, 1 is any word without an id, the others are the most frequent words of the training split,
+        lower-cased. The task keeps them as `Task.tokenizer`.
+    classes
+        Name of each class; by default the labels' numbers.
+    judged_by
+        ``test``, or ``dev`` to choose settings by ``dev.tsv`` and keep the test sentences unseen.
+    calibration
+        How many training sentences calibrate quantisation; by default 512, or all if there are fewer.
+    seed
+        What the calibration sentences are drawn with.
+
+    Returns
+    -------
+    Task
+        Of int64 ids (N, length).
+
+    Raises
+    ------
+    DataError
+        If a file is missing, over 256 MiB, or has a line that is not of this form (it is named), or a setting is out
+        of range.
+    """
+    root = Path(path).expanduser()
+    if judged_by not in ("test", "dev"):
+        raise DataError(f"judged_by is {judged_by!r}; give 'test' or 'dev'.")
+    for setting, value, least, most in (
+        ("length", length, 1, _sentences.LONGEST),
+        ("vocabulary", vocabulary, 3, _sentences.LARGEST_VOCABULARY),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise DataError(f"{setting} is {value!r}; give a whole number from {least} to {most}.")
+    train, y_train = _sentences.read(root / "train.tsv")
+    test, y_test = _sentences.read(root / f"{judged_by}.tsv")
+    tokenizer = _sentences.WordTokenizer.fitted(train, length, vocabulary)
+    task = Task.from_arrays(
+        tokenizer.ids(train), y_train, tokenizer.ids(test), y_test,
+        calibration=_checks.DEFAULT_CALIBRATION if calibration is None else calibration,
+        classes=classes, name=root.resolve().name, seed=seed,
+    )  # fmt: skip
+    return replace(task, tokenizer=tokenizer)
 
 
 @dataclass(frozen=True)

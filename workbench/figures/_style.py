@@ -14,13 +14,15 @@ FAMILY_COLOURS = {
     "quantised": "#56B4E9",
     "pruned+quantised": "#009E73",
     "distilled": "#CC79A7",
-    "low rank": "#F0E442",
-    "shared": "#F0E442",
+    "factorised": "#F0E442",
+    "clustered": "#F0E442",
+    "clipped": "#0072B2",
     "mixed": "#D55E00",
 }
-FAMILY_NAMES = {"pruned+quantised": "pruned and quantised"}
-OUTLINED = frozenset({"low rank", "shared"})  # yellow alone is too faint on white
-BAR_COLOUR = "#0072B2"  # the blue of the same palette that stands for no family
+FAMILY_NAMES = {"pruned+quantised": "pruned and quantised", "factorised": "low rank", "clustered": "weights shared"}
+# in pixels: yellow alone is too faint on white and blue on black, and the heavier line tells one yellow from the other
+FAMILY_OUTLINES = {"factorised": 1.2, "clustered": 3.0, "clipped": 1.2}
+BAR_COLOUR = "#0072B2"  # bars never stand beside families
 UNATTRIBUTED_COLOUR = "#999999"
 
 _SYMBOLS = {

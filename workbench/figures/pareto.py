@@ -169,7 +169,7 @@ def _points(points: tuple[Point, ...], selected: int | None, ink: style.Ink) -> 
             "symbol": [symbol[p.backend] for p in points],
             "color": [style.family_colour(p.family) for p in points],
             "opacity": [0.3 if p.faded and p.number != selected else 1.0 for p in points],
-            "line": {"color": ink.muted, "width": [1.2 if p.family in style.OUTLINED else 0 for p in points]},
+            "line": {"color": ink.muted, "width": [style.FAMILY_OUTLINES.get(p.family, 0) for p in points]},
         },
         "showlegend": False,
         "cliponaxis": False,
@@ -247,12 +247,12 @@ def _legend(points: tuple[Point, ...], ink: style.Ink) -> list[dict[str, Any]]:
     """Entries without points: one per family in the palette's order, one per backend in order of appearance."""
     present = {p.family for p in points}
     entries = [
-        (style.FAMILY_NAMES.get(f, f), "Technique", style.FAMILY_COLOURS[f], "circle", f in style.OUTLINED)
+        (style.FAMILY_NAMES.get(f, f), "Technique", style.FAMILY_COLOURS[f], "circle", style.FAMILY_OUTLINES.get(f, 0))
         for f in style.FAMILY_COLOURS
         if f in present
     ]
     entries += [
-        (style.plain(b), "Runs on", ink.muted, s, False) for b, s in style.symbols(p.backend for p in points).items()
+        (style.plain(b), "Runs on", ink.muted, s, 0) for b, s in style.symbols(p.backend for p in points).items()
     ]
     return [
         {
@@ -265,13 +265,13 @@ def _legend(points: tuple[Point, ...], ink: style.Ink) -> list[dict[str, Any]]:
                 "size": 11,
                 "color": colour,
                 "symbol": symbol,
-                "line": {"color": ink.muted, "width": 1.2 * outlined},
+                "line": {"color": ink.muted, "width": outline},
             },
             "legendgroup": group,
             "legendgrouptitle": {"text": group},
             "hoverinfo": "skip",
         }
-        for name, group, colour, symbol, outlined in entries
+        for name, group, colour, symbol, outline in entries
     ]
 
 

@@ -15,12 +15,7 @@ from workbench.deployment import Backend, backend_from_dict
 from workbench.errors import RecipeError, nearest
 
 _KEYS = ("steps", "backend", "batch", "seed")  # not `on`, which YAML 1.1 reads as true
-_FAMILIES = {
-    frozenset(): "dense",
-    frozenset({"pruned"}): "pruned",
-    frozenset({"quantised"}): "quantised",
-    frozenset({"pruned", "quantised"}): "pruned+quantised",
-}
+_PAIR = {"pruned", "quantised"}  # so common together that it has a colour of its own
 
 
 @dataclass(frozen=True)
@@ -67,8 +62,15 @@ class Recipe:
 
     @property
     def family(self) -> str:
-        """The technique that decides its colour: ``dense``, ``pruned``, ``pruned+quantised``, … ``mixed``."""
-        return _FAMILIES.get(frozenset(step.family for step in self.steps if step.family), "mixed")
+        """The technique that decides its colour.
+
+        ``dense``; that of its one technique: ``pruned``, ``quantised``, ``clustered``, ``factorised``, ``distilled`` or
+        ``clipped``; ``pruned+quantised``; or ``mixed``.
+        """
+        families = {step.family for step in self.steps if step.family}
+        if len(families) > 1:
+            return "pruned+quantised" if families == _PAIR else "mixed"
+        return families.pop() if families else "dense"
 
     @property
     def hash(self) -> str:

@@ -1,7 +1,8 @@
 """Where a study keeps its record: SQLite beside content-addressed files, or all of it in memory.
 
 A step's output is written to a file named after its SHA-256, then made known by one row; a candidate is one row. Both
-are atomic, so that a killed process leaves either a complete entry or none.
+are atomic, so that a killed process leaves either a complete entry or none. What a step under way saves of itself lies
+in a folder of its own until the step has ended.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sqlite3
 import tempfile
 import threading
@@ -16,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from workbench.compression import Checkpoint
 from workbench.errors import StoreError
 
 SCHEMA = 1
@@ -51,6 +54,7 @@ class Store:
     def __init__(self, folder: str | Path | None = None):
         self.folder = None if folder is None else Path(folder)
         self._objects: dict[str, bytes] = {}
+        self._checkpoints: dict[str, dict[str, bytes]] = {}
         self._lock = threading.RLock()
         database = ":memory:" if self.folder is None else self._prepare(self.folder)
         try:
@@ -123,6 +127,12 @@ class Store:
             return None
         return data, json.loads(record)
 
+    def checkpoint(self, key: str) -> Checkpoint:
+        """Where the step whose output will be kept under this key saves how far it came."""
+        if self.folder is None:
+            return _InMemory(self._checkpoints.setdefault(key, {}))
+        return _InFiles(self.folder / "checkpoints" / key)
+
     def add_candidate(self, key: str, state: str, recipe: dict, measurement: dict) -> tuple[int, str]:
         """Record a measured candidate; returns its number and UTC time. One already there by this key stays."""
         created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -190,6 +200,44 @@ class Store:
             return self._path(name).read_bytes()
         except FileNotFoundError:
             return None
+
+
+class _InMemory(Checkpoint):
+    def __init__(self, kept: dict[str, bytes], name: str = "whole"):
+        self._kept, self._name = kept, name
+
+    def load(self) -> bytes | None:
+        return self._kept.get(self._name)
+
+    def save(self, data: bytes) -> None:
+        self._kept[self._name] = data
+
+    def part(self, name: str) -> Checkpoint:
+        return _InMemory(self._kept, name)
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+
+class _InFiles(Checkpoint):
+    def __init__(self, folder: Path, name: str = "whole"):
+        self._folder, self._name = folder, name
+
+    def load(self) -> bytes | None:
+        try:
+            return (self._folder / self._name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def save(self, data: bytes) -> None:
+        write_whole(self._folder / self._name, data)
+
+    def part(self, name: str) -> Checkpoint:
+        return _InFiles(self._folder, name)
+
+    def clear(self) -> None:
+        # another process may be clearing it too
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def digest(*parts: Any) -> str:

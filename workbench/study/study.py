@@ -226,8 +226,11 @@ class Study:
         ------
         RecipeError, StepError, BackendError, DataError
             Before any work, where the recipe cannot work on this model, task or machine.
+        TrainingDiverged
+            If the loss of a step that trains stops being a number; finished steps are kept.
         Cancelled
-            If `progress` says so; finished steps are kept.
+            If `progress` says so; finished steps are kept, and of a step that trains its finished epochs: the same
+            recipe goes on after them.
         """
         recipe = Recipe(tuple(steps), on if on is not None else OnnxRuntime(), batch, seed)
         key, state = self._keys(recipe)
@@ -289,9 +292,12 @@ class Study:
                 part = progress.part(index / len(todo), (index + 1) / len(todo), step.label)
                 part(0.0)
                 step.check(model)
-                model = step.apply(model, self.task, seed=recipe.seed, progress=part)
-                self._remember(keys[done + index + 1], model)
-                self._store.put_state(keys[done + index + 1], *states.pack(model))
+                key = keys[done + index + 1]
+                checkpoint = self._store.checkpoint(key)
+                model = step.apply(model, self.task, seed=recipe.seed, progress=part, checkpoint=checkpoint)
+                self._remember(key, model)
+                self._store.put_state(key, *states.pack(model))
+                checkpoint.clear()
             return model
 
     def _lookup(self, key: str) -> Model | None:

@@ -13,8 +13,19 @@ from typing import Any
 from torch import nn
 
 from workbench.errors import StepError, nearest
+from workbench.models.parts import attention, blocks, fake_quantised, folded, low_rank, network, quantisation_aware
 
-PARTS: dict[str, Callable[..., nn.Module]] = {}
+PARTS: dict[str, Callable[..., nn.Module]] = {
+    "attention": attention.Attention,
+    "biased": folded.biased,
+    "blocks": blocks.blocks,
+    "fake_quantised": fake_quantised.build,
+    "folded": folded.norm,
+    "low_rank_conv": low_rank.convolution,
+    "low_rank_linear": low_rank.linear,
+    "network": network.network,
+    "quantisation_aware": quantisation_aware.build,
+}
 
 
 def build(old: nn.Module, kind: str, arguments: dict[str, Any]) -> nn.Module:
@@ -56,4 +67,17 @@ def put(module: nn.Module, path: str, kind: str, **arguments: Any) -> nn.Module:
         for name, child in parent._modules.items():
             if child is old:
                 parent._modules[name] = new
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    _call_parts(module, parent)
     return module
+
+
+def _call_parts(module: nn.Module, layer: nn.TransformerEncoderLayer) -> None:
+    """Keep one of torch's encoder layers from its fused path, which reads the parts' weights and calls none of them.
+
+    Evaluation mode would take it. Both settings are among those by which torch itself leaves it.
+    """
+    layer.activation_relu_or_gelu = 0
+    for encoder in module.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(inner is layer for inner in encoder.layers):
+            encoder.use_nested_tensor = False

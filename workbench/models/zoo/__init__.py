@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from workbench.errors import LoadError, nearest
 from workbench.models.zoo.dense import lenet300, mlp
-from workbench.models.zoo.lenet import cifarnet, lenet5
+from workbench.models.zoo.lenet import cifarnet, lenet5, lenet5_quarter
 from workbench.models.zoo.resnet import resnet
+from workbench.models.zoo.transformer import transformer
 
 _WEIGHTS = Path(__file__).parent / "weights"
 _SEED = 0
@@ -28,18 +29,22 @@ class Entry:
     build
         Makes the module with its random initial weights.
     shape
-        Shape of one sample, without the batch axis; float32.
+        Shape of one sample, without the batch axis; float32, or int64 where it takes ids.
     trained_on
         Name of the task its shipped weights were trained on; empty where none are shipped.
+    vocabulary
+        How many ids it takes, from 0 on; 0 for a network that takes numbers.
     """
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
     trained_on: str = ""
+    vocabulary: int = 0
 
 
 ZOO: dict[str, Entry] = {
     "lenet5": Entry(lenet5, (1, 28, 28), "digits"),
+    "lenet5-quarter": Entry(lenet5_quarter, (1, 28, 28)),
     "lenet300": Entry(lenet300, (1, 28, 28), "digits"),
     "mlp": Entry(mlp, (1, 28, 28), "digits"),
     "cifarnet": Entry(cifarnet, (3, 32, 32)),
@@ -47,6 +52,7 @@ ZOO: dict[str, Entry] = {
     "resnet32": Entry(lambda: resnet(32), (3, 32, 32)),
     "resnet44": Entry(lambda: resnet(44), (3, 32, 32)),
     "resnet56": Entry(lambda: resnet(56), (3, 32, 32)),
+    "transformer": Entry(transformer, (32,), vocabulary=8192),
 }
 
 
@@ -57,10 +63,10 @@ def entry(name: str) -> Entry:
     return ZOO[name]
 
 
-def build(name: str) -> nn.Module:
-    """The network with random weights, the same ones each time; the global random state is left as it was."""
+def build(name: str, seed: int = _SEED) -> nn.Module:
+    """The network with random weights, the same for a seed each time; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
+        torch.random.default_generator.manual_seed(seed)
         return entry(name).build().eval()
 
 
@@ -97,6 +103,8 @@ def trained(name: str, weights: str | None) -> tuple[nn.Module, str]:
 
 
 def example(name: str) -> dict[str, Tensor]:
-    """Two samples of noise from 0 to 1, the same ones each time."""
-    noise = torch.Generator().manual_seed(_SEED)
-    return {"x": torch.rand(2, *entry(name).shape, generator=noise)}
+    """Two samples of noise from 0 to 1, or of ids above 0, the same ones each time."""
+    noise, known = torch.Generator().manual_seed(_SEED), entry(name)
+    if known.vocabulary:
+        return {"x": torch.randint(1, known.vocabulary, (2, *known.shape), generator=noise)}
+    return {"x": torch.rand(2, *known.shape, generator=noise)}

@@ -1,0 +1,113 @@
+"""The published cases on full MNIST, trained here from random weights by the recipes in notebooks/recipes.
+
+    python tests/benchmarks/mnist.py [--cases lenet300,lenet5,mlp] [--store FOLDER] [--data mnist.npz]
+
+Each file of recipes is one study: the dense network, then what the case makes of it. `error` is on the 10,000 test
+images with its 95 % interval; `fewer` counts parameters that are not zero against all; `smaller` is the coded file
+(`workbench.compression.coding`) against the dense float32 weights. With --store the studies are kept, so that a run
+that was broken off goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+import workbench as wb
+from workbench import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT.parent / "shared" / "data" / "mnist" / "mnist.npz"
+RECIPES = ROOT / "notebooks" / "recipes"
+
+
+class Target(NamedTuple):
+    """What a recipe is to reach, and what was published."""
+
+    what: str
+    error_at_most: float | None  # of 1; None: that of the dense network
+    fewer: float = 0.0
+    smaller: float = 0.0
+    published: str = ""
+
+
+TARGETS = {
+    "lenet300": (
+        Target("dense", 0.0170, published="1.64 % (Han 2015)"),
+        Target("pruned", None, fewer=12, published="1.59 %, 12 x (Han 2015)"),
+        Target("pruned, shared, coded", None, smaller=40, published="1.58 %, 40 x (Deep Compression)"),
+    ),
+    "lenet5": (
+        Target("dense", 0.0085, published="0.80 % (Han 2015)"),
+        Target("pruned", None, fewer=12, published="0.77 %, 12 x (Han 2015)"),
+        Target("pruned, shared, coded", None, smaller=39, published="0.74 %, 39 x (Deep Compression)"),
+    ),
+    "mlp": (
+        Target("dense", 0.025, published="6.0 % (textbook)"),
+        Target("int8", 0.001, published=""),  # above the dense error
+    ),
+}
+
+
+def run(case: str, data: Path, store: str | None) -> list[tuple[Target, wb.Candidate]]:
+    """The case's candidates, in the order of its file."""
+    settings = yaml.safe_load((RECIPES / f"{case}.yaml").read_text(encoding="utf-8"))
+    recipes = [wb.Recipe.from_dict(recipe) for recipe in settings["recipes"]]
+    model = wb.load(settings["model"], weights=settings["weights"])
+    with wb.Study(model, wb.tasks.mnist(data), store=store and f"{store}/{case}") as study:
+        made = []
+        for recipe in recipes:
+            made.append(study.run(recipe.steps, on=recipe.backend, batch=recipe.batch, seed=recipe.seed))
+            print(f"  {made[-1]}", file=sys.stderr, flush=True)
+        return list(zip(TARGETS[case], made, strict=True))
+
+
+def line(case: str, target: Target, candidate: wb.Candidate, dense_error: float) -> tuple[str, bool]:
+    """The row of one candidate, and whether it reaches its target."""
+    measured = candidate.measurement
+    error = 1 - measured.accuracy
+    model = candidate.model()
+    fewer, smaller = 1.0, measured.file_bytes and model.origin.parameters * 4 / measured.file_bytes
+    if model.module is not None:
+        parameters = list(model.module.parameters())
+        fewer = sum(p.numel() for p in parameters) / sum(int(p.count_nonzero()) for p in parameters)
+        smaller = model.origin.parameters * 4 / wb.sizes(model).coded_bytes
+    allowed = dense_error if target.error_at_most is None else target.error_at_most
+    if target.what == "int8":
+        allowed += dense_error
+    reached = error <= allowed + 1e-9 and fewer >= target.fewer and smaller >= target.smaller
+    low, high = (1 - end for end in reversed(measured.accuracy_interval))
+    row = (
+        f"{case:9} {target.what:22} {100 * error:5.2f} % ({100 * low:.2f} to {100 * high:.2f}) {fewer:7.1f} x "
+        f"{smaller:7.1f} x  {target.published:32} {'holds' if reached else 'MISSED'}"
+    )
+    return row, reached
+
+
+def main() -> int:
+    """Print the table; 0 if every target is reached."""
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--cases", default=",".join(TARGETS))
+    options.add_argument("--store")
+    options.add_argument("--data", type=Path, default=DATA)
+    asked = options.parse_args()
+    print(f"{'network':9} {'what':22} {'error (95 % interval)':22} {'fewer':>9} {'smaller':>9}  published")
+    all_reached = True
+    for case in asked.cases.split(","):
+        rows = run(case, asked.data, asked.store)
+        dense_error = 1 - rows[0][1].measurement.accuracy
+        for target, candidate in rows:
+            words, reached = line(case, target, candidate, dense_error)
+            print(words, flush=True)
+            all_reached &= reached
+    here = environment.current()
+    print(f"\n{here.processor}, {here.cores} cores, {here.taken}; {here.versions}")
+    return 0 if all_reached else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
