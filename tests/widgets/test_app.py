@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 import workbench as wb
-from widgets import ComparePanel, CompressPanel, ModelPanel, ProfilePanel, Workbench, _bind
+from widgets import ComparePanel, CompressPanel, ModelPanel, ProfilePanel, WhatItDid, Workbench, _bind
 from widgets._inspector import Inspector
 from workbench import jobs
 
@@ -90,7 +90,9 @@ def test_a_panel_that_fails_to_redraw_says_so_at_the_bottom(app: Workbench, monk
     assert "Candidate 1" in app.inspector.about.value  # the others go on
 
 
-@pytest.mark.parametrize("kind", [ModelPanel, ProfilePanel, CompressPanel, ComparePanel, Inspector, Workbench])
+@pytest.mark.parametrize(
+    "kind", [ModelPanel, ProfilePanel, CompressPanel, ComparePanel, WhatItDid, Inspector, Workbench]
+)
 def test_without_widgets_there_is_html_and_text(kind: type, study: wb.Study):
     shown = kind(study)
     bundle = shown._repr_mimebundle_()
@@ -101,7 +103,7 @@ def test_without_widgets_there_is_html_and_text(kind: type, study: wb.Study):
     shown.close()
 
 
-@pytest.mark.parametrize("kind", [ModelPanel, ProfilePanel, CompressPanel, ComparePanel])
+@pytest.mark.parametrize("kind", [ModelPanel, ProfilePanel, CompressPanel, ComparePanel, WhatItDid])
 def test_each_panel_stands_alone_with_its_own_errors_and_theme(kind: type, study: wb.Study):
     panel = kind(study)
     assert panel.notices in panel.children

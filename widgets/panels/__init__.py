@@ -2,7 +2,8 @@
 
 from widgets.panels.compare import ComparePanel
 from widgets.panels.compress import CompressPanel
+from widgets.panels.did import WhatItDid
 from widgets.panels.model import ModelPanel
 from widgets.panels.profile import ProfilePanel
 
-__all__ = ["ComparePanel", "CompressPanel", "ModelPanel", "ProfilePanel"]
+__all__ = ["ComparePanel", "CompressPanel", "ModelPanel", "ProfilePanel", "WhatItDid"]

@@ -171,16 +171,16 @@ class _Run:
         between = _equalize.pairs(self.model)
         if not between:
             return None, "no layer is read by one other alone through ReLU or pooling"
-        return _equalize.equalized(self.model, between), f"{len(between)} pairs of layers"
+        return _equalize.equalized(self.model, between), f"{_counted(len(between), 'pair')} of layers"
 
     def adapted(self, progress: Progress) -> tuple[Model | None, str]:
         found = _adaptive_rounding.adapted(self.model, self.scheme, self.used, seed=self.seed, progress=progress)
-        return found, f"{len(self.scheme.rounded)} layers"
+        return found, _counted(len(self.scheme.rounded), "layer")
 
     def unbiased(self, progress: Progress) -> tuple[Model | None, str]:
         layers = self.scheme.rounded
         found = _bias.corrected(self.model, self.exact, self.rounded, layers, self.used, progress=progress)
-        return found, f"{len(layers)} layers"
+        return found, _counted(len(layers), "layer")
 
 
 _WORDS = {
@@ -193,6 +193,10 @@ _WAYS: dict[str, Callable[[_Run, Progress], tuple[Model | None, str]]] = {
     "adaptive_rounding": _Run.adapted,
     "correct_bias": _Run.unbiased,
 }
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + ("" if count == 1 else "s")
 
 
 def _row(before: Score, after: Score, applied: bool, note: str) -> dict[str, Any]:

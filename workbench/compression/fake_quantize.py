@@ -167,7 +167,7 @@ class FakeQuantize(Step):
         words += ["asymmetric"] if not self.symmetric else []
         words += ["per tensor"] if not self.per_channel else []
         words += [f"clipped by {self.clip}"] if self.clip != "none" else []
-        words += [f"{len(self.layers)} layers apart"] if self.layers else []
+        words += [f"{len(self.layers)} layer{'s' if len(self.layers) > 1 else ''} apart"] if self.layers else []
         words += ["equalised"] if self.equalize else []
         words += ["rounding adapted"] if self.adaptive_rounding else []
         words += ["biases corrected"] if self.correct_bias else []
