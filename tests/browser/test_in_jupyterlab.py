@@ -110,7 +110,7 @@ def test_prune_quantise_run_compare_and_click_a_point(opened: Lab):
         panel.get_by_label("Step", exact=True).select_option(step)
         panel.get_by_role("button", name="Add step").click()
         panel.locator(".wb-card", has_text=step[:5]).wait_for()
-    ratio = panel.get_by_label("ratio")
+    ratio = panel.get_by_label("ratio", exact=True)
     ratio.fill("1.5")
     ratio.press("Enter")
     panel.locator(".wb-card [role=alert]", has_text="1.5").wait_for()  # the step's own words, on its card
