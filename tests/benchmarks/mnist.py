@@ -1,6 +1,6 @@
 """The published cases on full MNIST, trained here from random weights by the recipes in notebooks/recipes.
 
-    python tests/benchmarks/mnist.py [--cases lenet300,lenet5,mlp] [--store FOLDER] [--data mnist.npz] [--write]
+    python tests/benchmarks/mnist.py [--cases lenet300,lenet5-caffe] [--store FOLDER] [--data mnist.npz] [--write]
 
 Each file of recipes is one study: the dense network, then what the case makes of it. `error` is on the 10,000 test
 images with its 95 % interval; `fewer` counts parameters that are not zero against all; `smaller` is the coded file
@@ -44,10 +44,17 @@ TARGETS = {
         Target("pruned", None, fewer=12, published="1.59 %, 12 x (Han 2015)"),
         Target("pruned, shared, coded", None, smaller=40, published="1.58 %, 40 x (Deep Compression)"),
     ),
-    "lenet5": (
+    # what both papers call LeNet-5
+    "lenet5-caffe": (
         Target("dense", 0.0085, published="0.80 % (Han 2015)"),
         Target("pruned", None, fewer=12, published="0.77 %, 12 x (Han 2015)"),
         Target("pruned, shared, coded", None, smaller=39, published="0.74 %, 39 x (Deep Compression)"),
+    ),
+    # the original, a seventh of that, to the same measure
+    "lenet5": (
+        Target("dense", 0.0085),
+        Target("pruned", None, fewer=12),
+        Target("pruned, shared, coded", None, smaller=39),
     ),
     "mlp": (
         Target("dense", 0.025, published="6.0 % (textbook)"),

@@ -31,6 +31,7 @@ class Chain(nn.Module):
         self.a, self.a_norm, self.act = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()
         self.b = nn.Conv2d(4, 4, 3, padding=1, groups=4)
         self.c = nn.Conv2d(4, 6, 1, groups=2)
+        nn.init.ones_(self.c.bias)  # so that the ReLU behind it lets something through
         self.pool = nn.MaxPool2d(2)
         self.d, self.e, self.out = nn.Linear(6 * 4 * 4, 10), nn.Linear(10, 8), nn.Linear(8, 3)
 
@@ -262,13 +263,9 @@ def test_rounding_is_found_that_no_other_choice_beats():
 def test_adapted_weights_lie_on_their_grid_so_that_rounding_them_again_changes_nothing():
     torch.manual_seed(0)
     chain, task = model_of(Chain(), (2, 8, 8)), noise((2, 8, 8))
+    layers = {"a": 32, "b": 32, "e": 3, "out": 32}
     for per_channel in (True, False):
-        given = {
-            "bits": 4,
-            "per_channel": per_channel,
-            "step": "…",
-            "layers": dict.fromkeys("ab", 32) | {"e": 3, "out": 32},
-        }
+        given = {"bits": 4, "per_channel": per_channel, "step": "…", "layers": layers}
         found = _corrections.corrected(chain, task, **given, **(OFF | {"adaptive_rounding": True}))
         assert found.records[0].rows[0]["applied"]
         assert found.precision == "fp32" and found.changes == ()
@@ -281,9 +278,9 @@ def test_adapted_weights_lie_on_their_grid_so_that_rounding_them_again_changes_n
             nearest = _simulated.weight(folded.module.get_submodule(name), bits, per_channel=per_channel)
             assert torch.allclose(part.weight, _simulated.weight(part, bits, per_channel=per_channel), rtol=1e-6)
             step = nearest.abs().max() / (2 ** (bits - 1) - 1)
-            assert float((part.weight - nearest).abs().max()) <= 1.001 * step
+            assert float((part.weight.detach() - nearest).abs().max()) <= 1.001 * step
             moved += int((part.weight - nearest).abs().gt(1e-6).sum())
-        assert moved > 5
+        assert moved > 20
 
 
 def test_adaptive_rounding_brings_three_bits_nearer_and_says_by_how_much(digits):
@@ -301,15 +298,15 @@ def test_adaptive_rounding_brings_three_bits_nearer_and_says_by_how_much(digits)
     plain = wb.FakeQuantize(3).apply(lenet, digits)
     assert decibels(result) > decibels(plain) + 4
     assert row["sqnr_after_db"] - row["sqnr_before_db"] > 4
-    again = step.apply(lenet, digits)
-    assert again.fingerprint == result.fingerprint and again.records == result.records
 
 
-def test_pruned_weights_stay_zero_through_all_corrections(digits):
-    pruned = wb.Prune(0.6, granularity="weight").apply(wb.load("lenet5"), digits)
-    asked = dict.fromkeys(OFF, True)
-    result = wb.FakeQuantize(3, per_channel=False, **asked).apply(pruned, digits)
-    for name in ("conv1", "conv2", "fc1", "fc2", "fc3"):
+def test_pruned_weights_stay_zero_through_all_corrections(chain):
+    task = noise((2, 8, 8))
+    pruned = wb.Prune(0.6, granularity="weight").apply(chain, task)
+    result = wb.FakeQuantize(4, **dict.fromkeys(OFF, True)).apply(pruned, task)
+    rows = next(record.rows for record in result.records if record.title.startswith("corrections"))
+    assert {row["correction"] for row in rows if row["applied"]} >= {"adaptive rounding"}
+    for name in CHANNELS:
         before, after = (m.module.get_submodule(name).weight for m in (pruned, result))
         assert not after[before == 0].any() and after.any()
 
@@ -319,7 +316,9 @@ def test_pruned_weights_stay_zero_through_all_corrections(digits):
 
 def test_each_correction_asked_for_has_a_row_with_its_gain_on_samples_held_out(chain):
     task = noise((2, 8, 8))
-    result = wb.FakeQuantize(4, 6, per_channel=False, **dict.fromkeys(OFF, True)).apply(chain, task)
+    step = wb.FakeQuantize(4, 6, per_channel=False, **dict.fromkeys(OFF, True))
+    result, again = (step.apply(chain, task, seed=2) for _ in range(2))
+    assert again.fingerprint == result.fingerprint and again.records == result.records
     record = result.records[0]
     assert record.title == "corrections, on 32 calibration samples held out"
     frame = record.frame()

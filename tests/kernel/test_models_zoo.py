@@ -13,6 +13,7 @@ from workbench.models import zoo
 
 PARAMETERS = {
     "lenet5": 61_706,
+    "lenet5-caffe": 431_080,
     "lenet5-quarter": 15_252,
     "lenet300": 266_610,
     "mlp": 101_770,
@@ -45,6 +46,7 @@ def test_network_has_its_published_size_and_gives_a_logit_per_class(name: str):
     ("name", "macs"),
     [
         ("lenet5", 416_520),
+        ("lenet5-caffe", 2_293_000),
         ("lenet5-quarter", 133_256),
         ("cifarnet", 651_720),
         ("resnet20", 40_551_040),
@@ -53,6 +55,7 @@ def test_network_has_its_published_size_and_gives_a_logit_per_class(name: str):
 )
 def test_network_costs_what_its_layers_cost_by_hand(name: str, macs: int):
     # lenet5: 28² · 6 · 25 + 10² · 16 · 150 + 400 · 120 + 120 · 84 + 84 · 10
+    # lenet5-caffe: 24² · 20 · 25 + 8² · 50 · 500 + 800 · 500 + 500 · 10
     # transformer: twice 32 · (4 · 128² + 2 · 128 · 512) and 2 · 32² · 128 of attention; 128 · 2
     assert wb.load(name).macs == macs
 

@@ -89,7 +89,7 @@ def check(model: Model, names: Sequence[str], step: str) -> None:
     if parting and "clustered" in model.changes:
         raise StepError(
             f"{step}: {parting[0]} moves weights that share a value apart, and {model.name} was clustered for them to "
-            f"share it. Leave {' and '.join(parting)} out, or put the step before wb.Cluster."
+            f"share it. Leave {' and '.join(parting)} out, or leave wb.Cluster out."
         )
 
 

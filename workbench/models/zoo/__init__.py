@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from workbench.errors import LoadError, nearest
 from workbench.models.zoo.dense import lenet300, mlp
-from workbench.models.zoo.lenet import cifarnet, lenet5, lenet5_quarter
+from workbench.models.zoo.lenet import cifarnet, lenet5, lenet5_caffe, lenet5_quarter
 from workbench.models.zoo.resnet import resnet
 from workbench.models.zoo.transformer import transformer
 
@@ -44,6 +44,7 @@ class Entry:
 
 ZOO: dict[str, Entry] = {
     "lenet5": Entry(lenet5, (1, 28, 28), "digits"),
+    "lenet5-caffe": Entry(lenet5_caffe, (1, 28, 28)),
     "lenet5-quarter": Entry(lenet5_quarter, (1, 28, 28)),
     "lenet300": Entry(lenet300, (1, 28, 28), "digits"),
     "mlp": Entry(mlp, (1, 28, 28), "digits"),
