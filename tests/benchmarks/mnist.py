@@ -63,17 +63,18 @@ TARGETS = {
 }
 
 
-def run(case: str, data: Path, store: str | None) -> list[tuple[Target, wb.Candidate]]:
-    """The case's candidates, in the order of its file."""
+def run(case: str, data: Path, store: str | None) -> list[dict[str, object]]:
+    """The rows of the case's candidates, in the order of its file."""
     settings = yaml.safe_load((RECIPES / f"{case}.yaml").read_text(encoding="utf-8"))
     recipes = [wb.Recipe.from_dict(recipe) for recipe in settings["recipes"]]
     model = wb.load(settings["model"], weights=settings["weights"])
     with wb.Study(model, wb.tasks.mnist(data), store=store and f"{store}/{case}") as study:
-        made = []
-        for recipe in recipes:
-            made.append(study.run(recipe.steps, on=recipe.backend, batch=recipe.batch, seed=recipe.seed))
-            print(f"  {made[-1]}", file=sys.stderr, flush=True)
-        return list(zip(TARGETS[case], made, strict=True))
+        rows = []
+        for target, recipe in zip(TARGETS[case], recipes, strict=True):
+            candidate = study.run(recipe.steps, on=recipe.backend, batch=recipe.batch, seed=recipe.seed)
+            rows.append(row(case, target, candidate, rows[0]["error"] if rows else 0.0))
+            print(written(rows[-1]), flush=True)
+        return rows
 
 
 def row(case: str, target: Target, candidate: wb.Candidate, dense_error: float) -> dict[str, object]:
@@ -136,11 +137,7 @@ def main() -> int:
     print(f"{'network':9} {'what':22} {'error (95 % interval)':23} {'fewer':>9} {'smaller':>9}  published")
     rows = []
     for case in asked.cases.split(","):
-        made = run(case, asked.data, asked.store)
-        dense_error = 1 - made[0][1].measurement.accuracy
-        for target, candidate in made:
-            rows.append(row(case, target, candidate, dense_error))
-            print(written(rows[-1]), flush=True)
+        rows += run(case, asked.data, asked.store)
     if asked.write:
         keep(rows)
     here = environment.current()

@@ -1,7 +1,7 @@
 """ResNet-20 on CIFAR-10 in 8, 6, 5, 4 and 3 simulated bits: what each correction brings, on all 10,000 test images.
 
     python tests/benchmarks/resnet20_bits.py
-    python tests/benchmarks/resnet20_bits.py --limit 1000 --bits 4 3
+    python tests/benchmarks/resnet20_bits.py --limit 1000 --bits 4 3 --rounded weights --grids "per channel"
 
 Needs ../shared/data/cifar10. Weights alone and weights with activations of the same width, a grid per tensor and one
 per output channel, without corrections, with each alone and with all. Intervals are Wilson's at 95 %.
@@ -22,6 +22,8 @@ import workbench as wb
 from workbench.formatting import accuracy
 
 BITS = (8, 6, 5, 4, 3)
+ROUNDED = ("weights", "weights and activations")
+GRIDS = ("per tensor", "per channel")
 CORRECTIONS = {
     "none": (),
     "equalised": ("equalize",),
@@ -59,12 +61,12 @@ def measured(model: wb.Model, task: wb.Task, bits: int, limit: int) -> Point:
     return Point(bits, *task.metric.interval(np.concatenate(right)), applied)
 
 
-def curves(model: wb.Model, task: wb.Task, widths: list[int], limit: int) -> dict[tuple[str, str, str], list[Point]]:
+def curves(
+    model: wb.Model, task: wb.Task, widths: list[int], limit: int, whats: list[str], grids: list[str]
+) -> dict[tuple[str, str, str], list[Point]]:
     """Accuracy by width, from the widest, for each of: what is rounded, which grid, which corrections."""
     found: dict[tuple[str, str, str], list[Point]] = {}
-    for (what, grid), (name, asked) in product(
-        product(("weights", "weights and activations"), ("per tensor", "per channel")), CORRECTIONS.items()
-    ):
+    for (what, grid), (name, asked) in product(product(whats, grids), CORRECTIONS.items()):
         for bits in widths:
             step = wb.FakeQuantize(
                 bits,
@@ -74,7 +76,10 @@ def curves(model: wb.Model, task: wb.Task, widths: list[int], limit: int) -> dic
             )
             point = measured(step.apply(model, task), task, bits, limit)
             found.setdefault((what, grid, name), []).append(point)
-            print(f"{what}, {grid}, {name}, {bits} bits: {point}; applied: {', '.join(point.applied) or 'nothing'}")
+            print(
+                f"{what}, {grid}, {name}, {bits} bits: {point}; applied: {', '.join(point.applied) or 'nothing'}",
+                flush=True,
+            )
     return found
 
 
@@ -105,10 +110,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--limit", type=int, default=10_000, help="test images")
     parser.add_argument("--bits", type=int, nargs="+", default=list(BITS), help="widths")
+    parser.add_argument("--rounded", nargs="+", default=list(ROUNDED), choices=ROUNDED)
+    parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=GRIDS)
     given = parser.parse_args()
     with study() as s:
         exact = measured(s.model, s.task, 32, given.limit)
-        found = curves(s.model, s.task, sorted(given.bits, reverse=True), given.limit)
+        found = curves(s.model, s.task, sorted(given.bits, reverse=True), given.limit, given.rounded, given.grids)
     print(f"\nfp32: {accuracy(exact.accuracy)} on {given.limit} test images; accuracy in % with its 95 % interval\n")
     print(table(found) + "\n")
     checks = targets(found)
