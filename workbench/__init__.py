@@ -24,12 +24,12 @@ from workbench.compression import (
     Step,
     sizes,
 )
-from workbench.data import Task, tasks
+from workbench.data import Shift, Task, tasks
 from workbench.deployment import Backend, Compiled, Eager, Engine, OnnxRuntime, OpenVINO
 from workbench.measure import Measurement
 from workbench.models import Model, load
 from workbench.profiling import Profile, profile
-from workbench.study import Candidate, Recipe, Sensitivity, Shift, Study, sensitivity, size_table, under_shift
+from workbench.study import Candidate, Recipe, Sensitivity, Study, sensitivity, size_table, under_shift
 
 __version__ = "0.1.0"
 

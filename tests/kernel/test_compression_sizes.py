@@ -113,7 +113,13 @@ def test_it_is_told_in_a_line_and_as_a_table():
 @pytest.fixture(scope="module")
 def measured(digits_candidate):
     """A measurement to be changed: real in all that does not matter here."""
-    return replace(digits_candidate.measurement, latency_ms=1.0, latency_interval_ms=(0.9, 1.1), reference_ms=10.0)
+    return replace(
+        digits_candidate.measurement,
+        latency_ms=1.0,
+        latency_interval_ms=(0.9, 1.1),
+        reference_ms=10.0,
+        contended=False,
+    )
 
 
 def candidate(number: int, model: wb.Model, steps: tuple, measurement, backend=None, batch: int = 1) -> Candidate:
@@ -166,6 +172,15 @@ def test_faster_and_slower_are_said_only_where_intervals_and_drift_agree(
         model=model, candidates=[candidate(1, model, (), measured), candidate(2, model, (wb.Cluster(4),), other)]
     )
     assert wb.size_table(study)["faster"][1] == said
+
+
+def test_nothing_is_said_of_speed_that_was_measured_on_a_busy_machine(measured):
+    model = linear(BY_HAND)
+    busy = replace(measured, latency_ms=0.1, latency_interval_ms=(0.09, 0.11), contended=True)
+    study = SimpleNamespace(
+        model=model, candidates=[candidate(1, model, (), measured), candidate(2, model, (wb.Cluster(4),), busy)]
+    )
+    assert wb.size_table(study)["faster"][1] == "not told: the machine was busy"
 
 
 def test_a_real_study_has_a_row_for_each_of_its_candidates(digits_study, digits_candidate):

@@ -19,6 +19,7 @@ from workbench.data import (
     Preprocess,
     Resize,
     Scale,
+    Shift,
     ZScore,
 )
 from workbench.data.preprocess import PREPROCESSING
@@ -33,6 +34,7 @@ STEPS = [
     FillMissing(0.5),
     FillMissing("mean", (1, 2, 3)),
     Interpolate(),
+    Shift(2.0, -0.5),
     Denoise("mean"),
     Denoise("median", 5),
     Denoise("non-local means", search=5),

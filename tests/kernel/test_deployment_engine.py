@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -172,25 +174,28 @@ def test_twenty_engines_leave_no_threads_behind(lenet: wb.Model, backend: wb.Bac
     assert process.num_threads() <= before
 
 
-def test_the_last_engine_gives_torch_its_threads_back(lenet: wb.Model):
-    before = torch.get_num_threads()
-    first, second = wb.Eager(threads=3).compile(lenet), wb.Eager(threads=1).compile(lenet)
-    second(images(1))
-    assert torch.get_num_threads() == 1
-    first(images(1))
-    assert torch.get_num_threads() == 3
-    first.close()
-    second.close()
-    assert torch.get_num_threads() == before
+def threads_in_a_new_process(code: str) -> list[int]:
+    """What torch's number of threads was at each `note()` of code that starts with 2, no engine being open."""
+    start = (
+        "import gc, torch, workbench as wb\ntorch.set_num_threads(2)\nlenet, seen = wb.load('lenet5'), []\n"
+        "image = lenet.example['x'].numpy()\nnote = lambda: seen.append(torch.get_num_threads())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", f"{start}{code}\nprint(*seen)"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return [int(word) for word in run.stdout.split()]
 
 
-def test_a_dropped_engine_gives_torch_its_threads_back(lenet: wb.Model):
-    before = torch.get_num_threads()
-    engine = wb.Eager(threads=before + 1).compile(lenet)
-    engine(images(1))
-    del engine
-    gc.collect()
-    assert torch.get_num_threads() == before
+def test_the_last_engine_gives_torch_its_threads_back():
+    code = (
+        "first, second = wb.Eager(threads=3).compile(lenet), wb.Eager(threads=1).compile(lenet)\n"
+        "second(image); note(); first(image); note(); first.close(); second.close(); note()"
+    )
+    assert threads_in_a_new_process(code) == [1, 3, 2]
+
+
+def test_a_dropped_engine_gives_torch_its_threads_back():
+    code = "engine = wb.Eager(threads=3).compile(lenet)\nengine(image); note(); del engine; gc.collect(); note()"
+    assert threads_in_a_new_process(code) == [3, 2]
 
 
 def test_an_engine_leaves_its_model_as_it_was(lenet: wb.Model):

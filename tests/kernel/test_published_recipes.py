@@ -20,7 +20,7 @@ def shortened(step: wb.Step) -> wb.Step:
 
 
 def test_there_is_a_file_for_each_case():
-    assert [file.stem for file in FILES] == ["lenet300", "lenet5", "lenet5-caffe", "mlp"]
+    assert {file.stem for file in FILES} == {"lenet300", "lenet5", "lenet5-caffe", "mlp"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

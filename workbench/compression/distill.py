@@ -28,8 +28,9 @@ _ON = ("logits", "features", "attention")
 class Distill(Step):
     """Train a student on what the untouched model, its teacher, answers.
 
-    The teacher is the study's own model as it was before any step, frozen and in evaluation mode; student and teacher
-    may be equal (self-distillation). Weights that pruning set to zero stay zero, shared values stay shared. The loss is
+    The teacher is the study's own model as it was before any step (`Model.origin`), frozen and in evaluation mode;
+    student and teacher may be equal (self-distillation). A network trained by a step of the same recipe is therefore no
+    teacher: load it as a model of its own first, ``wb.load(trained.module, …)``. Weights that pruning set to zero stay zero, shared values stay shared. The loss is
     ``(1 - weight) · cross-entropy with the labels + weight · T² · KL(teacher ‖ student at temperature T)``, and for
     features and attention ``feature_weight`` times the distance of one layer of each besides.
 

@@ -6,7 +6,7 @@ from workbench.data.cleaning import DropMissing, FillMissing, Interpolate
 from workbench.data.denoise import Denoise
 from workbench.data.metric import Accuracy, Metric
 from workbench.data.preprocess import Normalize, Preprocess, Resize, Scale
-from workbench.data.scaling import MinMax, ZScore
+from workbench.data.scaling import MinMax, Shift, ZScore
 from workbench.data.task import Task
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Resize",
     "Rotate",
     "Scale",
+    "Shift",
     "Task",
     "ZScore",
     "tasks",

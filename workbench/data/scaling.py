@@ -1,7 +1,8 @@
-"""Normalisation fitted on the training split: `MinMax` and `ZScore`."""
+"""Changes of scale: `MinMax` and `ZScore`, fitted on the training split, and `Shift`, which is given."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -156,3 +157,45 @@ def unfitted(step: str) -> DataError:
 
 def _but_channels(x: np.ndarray) -> Sequence[int]:
     return (0, *range(2, x.ndim))
+
+
+@dataclass(frozen=True)
+class Shift(Preprocess):
+    """Every value ``x`` the network sees becomes ``gain · x + offset``, in float32.
+
+    Parameters
+    ----------
+    gain
+        Above 0; contrast, exposure, loudness.
+    offset
+        In the units the network sees, so in standard deviations after `Normalize`; brightness.
+
+    Raises
+    ------
+    DataError
+        If the gain is not positive, or either is not finite.
+    """
+
+    gain: float = 1.0
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("gain", "offset"):
+            value = getattr(self, name)
+            real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not real or (name == "gain" and value <= 0):
+                wanted = "a number above 0" if name == "gain" else "a finite number"
+                raise DataError(f"Shift: {name} is {value!r}; {wanted} is needed.")
+
+    @property
+    def label(self) -> str:
+        """``gain 0.25``, ``gain 2, offset -1``, ``as it is``."""
+        parts = [f"gain {self.gain:g}"] if self.gain != 1 else []
+        parts += [f"offset {self.offset:+g}"] if self.offset else []
+        return ", ".join(parts) or "as it is"
+
+    def shape_after(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def apply(self, x: np.ndarray) -> np.ndarray:
+        return x * np.float32(self.gain) + np.float32(self.offset)

@@ -3,8 +3,8 @@
 from workbench.study.candidate import Candidate
 from workbench.study.recipe import Recipe
 from workbench.study.sensitivity import Sensitivity, sensitivity
-from workbench.study.shift import Shift, under_shift
+from workbench.study.shift import under_shift
 from workbench.study.sizes import table as size_table
 from workbench.study.study import Study
 
-__all__ = ["Candidate", "Recipe", "Sensitivity", "Shift", "Study", "sensitivity", "size_table", "under_shift"]
+__all__ = ["Candidate", "Recipe", "Sensitivity", "Study", "sensitivity", "size_table", "under_shift"]

@@ -33,7 +33,8 @@ def table(study: Study, *, progress: Progress = SILENT) -> pd.DataFrame:
         sparse rows) and coded_bytes (the file of `compression.coding`) of all its tensors, see `compression.sizes`;
         size_bytes (the deployed artefact after DEFLATE); compression (dense bytes of the untouched model for each
         coded byte); faster (than the untouched model on the same engine at the same batch size: ``1.8 × faster``,
-        ``1.1 × slower``, ``indistinguishable``, ``baseline not measured``, or ``baseline`` of that one itself).
+        ``1.1 × slower``, ``indistinguishable``, ``not told: the machine was busy`` while either was measured,
+        ``baseline not measured``, or ``baseline`` of that one itself).
 
     Notes
     -----
@@ -70,6 +71,8 @@ def _faster(candidate: Candidate, baseline: Candidate | None) -> str:
     if candidate is baseline:
         return "baseline"
     mine, theirs = candidate.measurement, baseline.measurement
+    if mine.contended or theirs.contended:
+        return "not told: the machine was busy"
     drift = theirs.reference_ms / mine.reference_ms
     low, high = mine.latency_interval_ms
     their_low, their_high = theirs.latency_interval_ms
