@@ -30,9 +30,10 @@ class Distill(Step):
 
     The teacher is the study's own model as it was before any step (`Model.origin`), frozen and in evaluation mode;
     student and teacher may be equal (self-distillation). A network trained by a step of the same recipe is therefore no
-    teacher: load it as a model of its own first, ``wb.load(trained.module, …)``. Weights that pruning set to zero stay zero, shared values stay shared. The loss is
-    ``(1 - weight) · cross-entropy with the labels + weight · T² · KL(teacher ‖ student at temperature T)``, and for
-    features and attention ``feature_weight`` times the distance of one layer of each besides.
+    teacher: load it as a model of its own first, ``wb.load(trained.module, …)``. Weights that pruning set to zero stay
+    zero, shared values stay shared. The loss is ``(1 - weight) · cross-entropy with the labels + weight · T² ·
+    KL(teacher ‖ student at temperature T)``, and for features and attention ``feature_weight`` times the distance of one
+    layer of each besides.
 
     Parameters
     ----------
