@@ -32,8 +32,8 @@ class Distill(Step):
     student and teacher may be equal (self-distillation). A network trained by a step of the same recipe is therefore no
     teacher: load it as a model of its own first, ``wb.load(trained.module, …)``. Weights that pruning set to zero stay
     zero, shared values stay shared. The loss is ``(1 - weight) · cross-entropy with the labels + weight · T² ·
-    KL(teacher ‖ student at temperature T)``, and for features and attention ``feature_weight`` times the distance of one
-    layer of each besides.
+    KL(teacher ‖ student at temperature T)``, and for features and attention ``feature_weight`` times the distance of
+    one layer of each besides.
 
     Parameters
     ----------
