@@ -44,6 +44,8 @@ class OrtRecorder(Recorder):
     much it adds to this network in all, on the network.
     """
 
+    apart = True
+
     def __init__(self, session: Session, data: bytes, feeds: dict[str, np.ndarray]):
         self._make, self._data, self._feeds = session, data, feeds
         self._log = _Log(session, data)

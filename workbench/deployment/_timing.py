@@ -92,9 +92,12 @@ class Recorder(ABC):
     ----------
     blocks
         How many blocks give rows worth having; the calls are spread over them.
+    apart
+        Whether what is recorded is a session of its own, whose threads may settle otherwise than those of the engine.
     """
 
     blocks: ClassVar[int] = 2
+    apart: ClassVar[bool] = False
 
     def parts(self, calls: int) -> list[int]:
         """`calls` in at most `blocks` parts of nearly equal size."""
