@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,12 @@ class Plan:
     patience: int = 0
     validation: float = 0.1
     mixed_precision: bool = False
+
+    @classmethod
+    def of(cls, settings: object, **changed: Any) -> Plan:
+        """The plan that a step's settings of the same names make; those it does not have keep their defaults."""
+        given = {f.name: getattr(settings, f.name) for f in fields(cls) if hasattr(settings, f.name)}
+        return cls(**given | changed)
 
     def rate(self, share: float) -> float:
         """The learning rate once this share of the training is done: it falls to zero along half a cosine."""

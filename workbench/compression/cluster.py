@@ -76,7 +76,7 @@ class Cluster(Step):
         _check_clusters("clusters", self.clusters)
         _checks.choice("Cluster", "scope", self.scope, _SCOPES)
         _checks.whole("Cluster", "epochs", self.epochs, least=0)
-        _checks.training("Cluster", self._plan(max(self.epochs, 1)))
+        _checks.training("Cluster", _training.Plan.of(self, epochs=max(self.epochs, 1)))
         object.__setattr__(self, "layers", PerLayer(self.layers))
         for layer, clusters in self.layers.items():
             if type(clusters) is int and clusters == 0:
@@ -132,22 +132,12 @@ class Cluster(Step):
         return _training.train(
             result,
             task,
-            self._plan(self.epochs),
+            _training.Plan.of(self),
             step=self.label,
             constraints=_keeping.constraints(result),
             seed=seed,
             progress=progress.part(0.2, 1.0),
             checkpoint=checkpoint,
-        )
-
-    def _plan(self, epochs: int) -> _training.Plan:
-        return _training.Plan(
-            epochs=epochs,
-            learning_rate=self.learning_rate,
-            batch_size=self.batch_size,
-            optimizer=self.optimizer,
-            patience=self.patience,
-            validation=self.validation,
         )
 
     def _share(self, module: nn.Module, progress: Progress) -> list[dict[str, Any]]:

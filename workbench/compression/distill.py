@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -171,7 +171,7 @@ class Distill(Step):
                 trained = _training.train(
                     student,
                     task,
-                    _training.Plan(**{f.name: getattr(self, f.name) for f in fields(_training.Plan)}),
+                    _training.Plan.of(self),
                     step=self.label,
                     loss=_distillation.Distillation(its, answers, self.temperature, self.weight, comparison),
                     constraints=_keeping.constraints(student),

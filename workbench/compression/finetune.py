@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from workbench.compression import _checks, _keeping, _training
 from workbench.compression._base import NO_CHECKPOINT, Checkpoint, Step
@@ -89,7 +89,7 @@ class Finetune(Step):
         return _training.train(
             trained,
             task,
-            _training.Plan(**{f.name: getattr(self, f.name) for f in fields(_training.Plan)}),
+            _training.Plan.of(self),
             step=self.label,
             constraints=_keeping.constraints(trained),
             seed=seed,

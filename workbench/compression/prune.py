@@ -266,15 +266,6 @@ class Prune(Step):
         progress(1.0)
         return result
 
-    def _plan(self, epochs: int) -> _training.Plan:
-        return _training.Plan(
-            epochs,
-            self.learning_rate,
-            self.batch_size,
-            weight_decay=self.weight_decay,
-            validation=self.validation,
-        )
-
     def _narrowed(
         self, model: Model, task: Task, rule: Rule, seed: int, progress: Progress, checkpoint: Checkpoint
     ) -> Model:
@@ -295,7 +286,7 @@ class Prune(Step):
                 current = _training.train(
                     current,
                     task,
-                    self._plan(epochs),
+                    _training.Plan.of(self, epochs=epochs),
                     step=f"{self.label}, round {number + 1}" if self.rounds > 1 else self.label,
                     constraints=_keeping.constraints(current),
                     seed=seed,
@@ -335,7 +326,7 @@ class Prune(Step):
         progress: Progress,
         checkpoint: Checkpoint,
     ) -> Model:
-        plan = self._plan(self.epochs)
+        plan = _training.Plan.of(self)
         most = rounds_that_fit(self.epochs, task.count("train"), plan.validation, self.batch_size)
         if self.rounds > most:
             raise StepError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import onnx
@@ -70,15 +70,10 @@ class QAT(Step):
     bits: int = field(default=8, metadata={"low": _BITS[0], "high": _BITS[1]})
 
     def __post_init__(self) -> None:
-        _checks.training(_NAME, self._plan)
+        _checks.training(_NAME, _training.Plan.of(self))
         _checks.whole(_NAME, "bits", self.bits, least=_BITS[0])
         if self.bits > _BITS[1]:
             raise StepError(f"{_NAME}: bits is {self.bits}; the int8 graph holds weights of {_BITS[0]} to {_BITS[1]}.")
-
-    @property
-    def _plan(self) -> _training.Plan:
-        names = {f.name for f in fields(self)}
-        return _training.Plan(**{f.name: getattr(self, f.name) for f in fields(_training.Plan) if f.name in names})
 
     @property
     def label(self) -> str:
@@ -127,7 +122,7 @@ class QAT(Step):
         trained = _training.train(
             start,
             task,
-            self._plan,
+            _training.Plan.of(self),
             step=self.label,
             constraints=[_qat.FollowRanges(start.module), *_keeping.constraints(start)],
             seed=seed,

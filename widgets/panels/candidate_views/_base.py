@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -74,7 +75,7 @@ class Drawn(NamedTuple):
     listings: tuple[Listing, ...] = ()
 
 
-class CandidateView:
+class CandidateView(ABC):
     """One way to look at what the steps of a candidate did.
 
     Attributes
@@ -114,13 +115,13 @@ class CandidateView:
     def fill(self, seen: Seen) -> None:
         """Bring what its controls offer up to date."""
 
+    @abstractmethod
     def drawn(self, seen: Seen) -> Drawn:
         """What to show of the result."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lines(self, seen: Seen) -> tuple[str, ...]:
         """The Python that makes this view; empty where there is nothing to make."""
-        raise NotImplementedError
 
     def code(self, seen: Seen) -> str:
         """The Python that makes this view, imports included; empty where there is nothing to make."""
